@@ -543,20 +543,20 @@ def subsample_error(
         variances.append(np.var([estimate(np.sort(part)) for part in parts], axis=0, ddof=1) / n_parts)
     return np.sqrt(np.mean(variances, axis=0)), len(variances) * (n_parts - 1)
 
-# %% ../nbs/30_depend.ipynb #35a428bd
+# %% ../nbs/30_depend.ipynb #f5a43fab
 def latent_table(
     latents, # latents Dataset (its `mean`), DataArray or ndarray (spectrum, latent), or DataFrame
 )->xr.DataArray: # (spectrum, latent) float, with the coordinates it had
     "Any table of latents as one labelled array; ValueError when it is not two-dimensional."
-    if isinstance(latents, xr.Dataset): latents = latents["mean"]
+    if isinstance(latents, xr.Dataset):
+        if "mean" not in latents: raise ValueError(f"a latents Dataset holds its values in 'mean'; this one has {sorted(map(str, latents.data_vars))}")
+        latents = latents["mean"]
     if isinstance(latents, pd.DataFrame):
         latents = xr.DataArray(latents.to_numpy(float), dims=("spectrum", "latent"), coords={"latent": list(latents.columns)})
-    if not isinstance(latents, xr.DataArray):
-        latents = xr.DataArray(np.asarray(latents, float), dims=("spectrum", "latent")) if np.ndim(latents) == 2 else xr.DataArray(latents)
+    if not isinstance(latents, xr.DataArray): latents = xr.DataArray(np.asarray(latents, float))
     if latents.ndim != 2: raise ValueError(f"latents have shape {latents.shape}; give a table (spectrum, latent)")
     if "latent" in latents.dims: latents = latents.transpose(..., "latent")
-    if "spectrum" not in latents.dims or "latent" not in latents.dims:
-        latents = latents.rename(dict(zip(latents.dims, ("spectrum", "latent"))))
+    latents = latents.rename({old: new for old, new in zip(latents.dims, ("spectrum", "latent")) if old != new})
     if "latent" not in latents.coords: latents = latents.assign_coords(latent=np.arange(latents.sizes["latent"]))
     return latents
 
