@@ -43,7 +43,7 @@ def _mask(ds, ranges):
     keep = ~bad.drop_vars("wavelength")
     return ds.assign({n: ds[n].where(keep, 0).astype("float32").assign_attrs(ds[n].attrs) for n in ("flux", "ivar")})
 
-# %% ../nbs/03_prep.ipynb #ef10d482
+# %% ../nbs/03_prep.ipynb #630d44a9
 def _pad(ds, n_pixels, left):
     n = ds.sizes["wavelength"]
     if n > n_pixels: raise ValueError(f"prepare: pad_to is {n_pixels} but the spectra have {n} pixels; trim them with wavelength_range or pad to more")
@@ -53,9 +53,8 @@ def _pad(ds, n_pixels, left):
     wave, attrs = ds.wavelength.values, ds.wavelength.attrs
     before = wave[0] * (wave[1] / wave[0])**np.arange(-left, 0); after = wave[-1] * (wave[-1] / wave[-2])**np.arange(1, right + 1)
     padded = ds.drop_vars("wavelength").pad(wavelength=(left, right), constant_values=0)
-    chunks = {"wavelength": -1} if padded.chunks else {}
-    return padded.chunk(chunks).assign_coords(wavelength=("wavelength", np.concatenate([before, wave, after]), attrs)) if chunks else \
-        padded.assign_coords(wavelength=("wavelength", np.concatenate([before, wave, after]), attrs))
+    if ds.flux.chunks: padded = padded.assign({n: padded[n].chunk(wavelength=-1) for n in ("flux", "ivar")})
+    return padded.assign_coords(wavelength=("wavelength", np.concatenate([before, wave, after]), attrs))
 
 # %% ../nbs/03_prep.ipynb #fb3abeef
 def prepare(
