@@ -89,7 +89,7 @@ class FluxFrontEnd(nn.Module):
     )->torch.Tensor: # (batch, pixel) flux [median flux]
         return channels[:, 0]
 
-# %% ../nbs/21_nets.ipynb #ea82b087
+# %% ../nbs/21_nets.ipynb #1114c5fb
 class LineFrontEnd(nn.Module):
     "Two channels: lines relative to a smooth continuum, and the logarithm of that continuum."
     n_channels = 2
@@ -108,6 +108,9 @@ class LineFrontEnd(nn.Module):
         self.register_buffer("scale", torch.ones(2)) # one standard deviation a channel
         self.register_buffer("coverage", torch.ones(n_pixels)) # 0 where no training spectrum has a measurement
         self.register_buffer("is_fitted", torch.zeros((), dtype=torch.bool))
+
+    @property
+    def fitted(self)->bool: return bool(self.is_fitted)
 
 # %% ../nbs/21_nets.ipynb #2fe0ef48
 @patch
@@ -177,19 +180,20 @@ def fit(self:LineFrontEnd,
     self.is_fitted.fill_(True)
     return self
 
-# %% ../nbs/21_nets.ipynb #c237447e
+# %% ../nbs/21_nets.ipynb #759963e0
 class SpectrumNetwork(nn.Module):
     "A front end, an encoder to normal distributions, and a decoder."
     def __init__(self,
         config:NetConfig, # settings
     ):
         super().__init__()
-        self.config = check_config(config)
+        self.config, self.precision = check_config(config), "float32"
         lowpass = config.n_pixels / 128 if config.lowpass is None else config.lowpass
         self.frontend = LineFrontEnd(config.n_pixels, lowpass, config.floor) if config.frontend == "lines" else FluxFrontEnd()
 
     def encode_channels(self, channels): raise NotImplementedError
     def decode_channels(self, z): raise NotImplementedError
+    def _autocast(self, x): return torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def _rows(self, values):
         if values is None: return None
@@ -198,7 +202,7 @@ class SpectrumNetwork(nn.Module):
             raise ValueError(f"this network takes (batch, {self.config.n_pixels}) or (batch, 1, {self.config.n_pixels}), not {tuple(values.shape)}")
         return values
 
-# %% ../nbs/21_nets.ipynb #4b9cf1f9
+# %% ../nbs/21_nets.ipynb #d50b6972
 @patch
 def encode(self:SpectrumNetwork,
     flux:torch.Tensor, # (batch, pixel) or (batch, 1, pixel) flux [median flux]
@@ -206,16 +210,18 @@ def encode(self:SpectrumNetwork,
 )->tuple[torch.Tensor, torch.Tensor]: # mean and log variance of the code, each (batch, latent)
     "The code of each spectrum, as a normal distribution."
     channels, _ = self.frontend(self._rows(flux), self._rows(ivar))
-    return self.encode_channels(channels)
+    with self._autocast(flux): mean, logvar = self.encode_channels(channels)
+    return mean.float(), logvar.float()
 
 @patch
 def decode(self:SpectrumNetwork,
     z:torch.Tensor, # (batch, latent) codes
 )->torch.Tensor: # (batch, pixel) flux [median flux]
     "The spectrum of each code."
-    return self.frontend.inverse(self.decode_channels(z))
+    with self._autocast(z): channels = self.decode_channels(z)
+    return self.frontend.inverse(channels.float())
 
-# %% ../nbs/21_nets.ipynb #d3cd9325
+# %% ../nbs/21_nets.ipynb #81b723b3
 @patch
 def forward(self:SpectrumNetwork,
     flux:torch.Tensor, # (batch, pixel) or (batch, 1, pixel) flux [median flux]
@@ -223,10 +229,21 @@ def forward(self:SpectrumNetwork,
 )->tuple: # flux (batch, pixel); mean, logvar, z (batch, latent); channels, target, weight (batch, channel, pixel)
     "Reconstruction and everything that an objective needs."
     with torch.no_grad(): target, weight = self.frontend(self._rows(flux), self._rows(ivar))
-    mean, logvar = (values.float() for values in self.encode_channels(target))
+    with self._autocast(target): mean, logvar = (values.float() for values in self.encode_channels(target))
     z = mean + torch.randn_like(mean) * (0.5 * logvar).exp() if self.training else mean
-    channels = self.decode_channels(z).float()
+    with self._autocast(target): channels = self.decode_channels(z)
+    channels = channels.float()
     return self.frontend.inverse(channels), mean, logvar, z, channels, target, weight
+
+# %% ../nbs/21_nets.ipynb #271fcc62
+@patch
+def set_precision(self:SpectrumNetwork,
+    precision:str="float32", # or "bfloat16"
+)->SpectrumNetwork: # itself
+    "Choose the width of matrix products inside the layers."
+    if precision not in ("float32", "bfloat16"): raise ValueError(f"precision={precision!r} is not known: use 'float32' or 'bfloat16'")
+    self.precision = precision
+    return self
 
 # %% ../nbs/21_nets.ipynb #7244a049
 _PAPER_STAGES = ((16, 7, 2), (16, 5, 2), (16, 5, 2), (32, 3, 2), (32, 3, 2), (32, 3, 2), (64, 3, 2), (64, 3, 2), (64, 3, 2),
