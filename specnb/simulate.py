@@ -288,10 +288,10 @@ def simulate(
     ds = make_spectra(flux, ivar, wavelength, names, medium="air", frame=frame, factor_names=list(FACTORS), coords=coords, attrs=dict(simulator_seed=seed))
     return ds.assign(flux=ds.flux.assign_attrs(units="count"))
 
-# %% ../nbs/02_simulate.ipynb #f3ecfeb6
+# %% ../nbs/02_simulate.ipynb #d5026fb1
 def sample_factors(
     n_stars:int, # number of stars
-    exposures:int=1, # exposures of each star
+    exposures=1, # exposures of each star: one number, or (star,) numbers
     seed:int=0 # of the draw
 ) -> pd.DataFrame: # one row an exposure: the factors, berv [km/s], object, mjd_obs [d], spectrum_id
     "Independent factors: stellar ones drawn once a star, those of the night once an exposure."
@@ -308,10 +308,10 @@ def sample_factors(
     rows["spectrum_id"] = [f"sim{seed}-{i:06d}" for i in range(n)]
     return rows
 
-# %% ../nbs/02_simulate.ipynb #d5330c2d
+# %% ../nbs/02_simulate.ipynb #7899c8b9
 def sample_survey(
     n_stars:int, # number of stars
-    exposures:int=1, # exposures of each star
+    exposures=1, # exposures of each star: one number, or (star,) numbers
     seed:int=0, # of the population and the noise
     wavelength:np.ndarray=None, # (wavelength,) in air [Angstrom]; None: 4,096 pixels, logarithmic, 3785-6910 Angstrom
     random_labels:int=0, # label columns that have nothing to do with the spectra, one value a star: a control
