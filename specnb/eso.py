@@ -61,7 +61,7 @@ def eso_identifier(
     exposure = exposure_of(path, headers)
     return exposure if exposure.startswith(("HARPS.", "FEROS.")) else spectrum_stem(path)
 
-# %% ../nbs/11_eso.ipynb #7308b8c5
+# %% ../nbs/11_eso.ipynb #c06d56f2
 ESO_CARDS = dict(berv=("ESO DRS BERV", "ESO QC BERV", "ESO QC VRAD BARYCOR", "BERV"), airmass=("AIRMASS", "ESO TEL AIRM START"),
                  seeing=("ESO TEL AMBI FWHM START",), humidity=("ESO TEL AMBI RHUM",))
 
@@ -69,7 +69,7 @@ def order_snr(
     header:fits.Header, # header of a DRS product
 ) -> float: # median over the orders, NaN without such cards
     "Median of the signal-to-noise ratios of the orders."
-    values = [to_number(v) for k, v in header.items() if re.fullmatch(r"ESO DRS SPE EXT SN\d+", k)]
+    values = [to_number(header[k]) for k in header if re.fullmatch(r"ESO DRS SPE EXT SN\d+", k)]
     return float(np.nanmedian(values)) if values else np.nan
 
 def eso_coordinates(

@@ -9,9 +9,9 @@ __all__ = ['CARDS', 'COORD_ATTRS', 'WAVE_NAMES', 'FLUX_NAMES', 'ERROR_NAMES', 'Q
            'header_wavelength', 'first_card', 'medium_of', 'frame_of', 'pixel_ivar', 'to_number', 'header_coordinates',
            'assemble', 'spectrum_stem', 'table_columns', 'spectrum_table', 'read_table_spectrum', 'spectrum_image',
            'image_unit', 'read_image_spectrum', 'read_named_rows', 'Reader', 'readers', 'register_reader',
-           'unregister_reader', 'identify', 'read_spectrum']
+           'registered_readers', 'unregister_reader', 'identify', 'read_spectrum']
 
-# %% ../nbs/10_fits.ipynb #16e58609
+# %% ../nbs/10_fits.ipynb #4c8fe6f7
 import gzip, importlib, io, re, warnings, zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from astropy.io import fits
 from astropy.time import Time
 from astropy.utils.exceptions import AstropyWarning
 
-from .spectra import FRAMES, MEDIA, estimate_ivar, make_spectra
+from .spectra import FRAMES, MEDIA, estimate_ivar, make_spectra, validate
 
 # %% ../nbs/10_fits.ipynb #630f6380
 class SpectrumError(ValueError):
@@ -427,7 +427,7 @@ def readers() -> list: # of Reader, in the order in which they are asked
     known = {r.name: r for r in READERS} | {r.name: r for module, name in places for r in getattr(importlib.import_module(module), name)}
     return sorted((known | _registered).values(), key=lambda r: (-r.priority, r.name))
 
-# %% ../nbs/10_fits.ipynb #f9a9c955
+# %% ../nbs/10_fits.ipynb #3c40c732
 def register_reader(
     name:str,              # unique name, kept in the spectrum's coordinate `reader`
     identify:Callable,     # (path, hdus) -> bool; hdus is None for what is not FITS
@@ -440,6 +440,10 @@ def register_reader(
         raise ValueError(f"a reader {name!r} exists; pass replace=True to put yours in its place")
     _registered[name] = Reader(name, identify, read, priority)
     return _registered[name]
+
+def registered_readers() -> list: # of Reader
+    "Only the readers added by `register_reader`; worker processes need them too."
+    return list(_registered.values())
 
 def unregister_reader(
     name:str, # as registered
@@ -467,12 +471,12 @@ def identify(
     "Name of the reader that claims a file. Raises SpectrumError and its kinds."
     return _match(path, parse_fits(path, load_bytes(path, content))).name
 
-# %% ../nbs/10_fits.ipynb #f7113c9e
+# %% ../nbs/10_fits.ipynb #c60fe03b
 def _state(ds, key, value, allowed):
     "Replace what the reader found or guessed by what the user states."
     if value is None: return ds
     if value not in allowed: raise ValueError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
-    notes = [n for n in ds.guess.item().split("; ") if not n.startswith(f"guess: {key}")]
+    notes = [n for n in (ds.guess.item().split("; ") if "guess" in ds.coords else []) if not n.startswith(f"guess: {key}")]
     ds = ds.assign_coords(guess=("spectrum", ["; ".join(notes)]))
     ds.wavelength.attrs[key] = value
     return ds.assign_attrs({f"{key}_origin": "stated by the user"})
@@ -488,6 +492,6 @@ def read_spectrum(
     reader = _match(path, hdus)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AstropyWarning)
-        ds = reader.read(path, hdus)
+        ds = validate(reader.read(path, hdus))
     ds = ds.assign_coords(reader=("spectrum", [reader.name]))
     return _state(_state(ds, "medium", medium, MEDIA), "frame", frame, FRAMES)
