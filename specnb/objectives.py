@@ -25,14 +25,18 @@ def masked_mean(
     total = torch.where(weight > 0, values * weight, torch.zeros_like(values)).sum()
     return total / weight.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
-# %% ../nbs/22_objectives.ipynb #731fae91
+# %% ../nbs/22_objectives.ipynb #b3735673
+def _difference(output, target, weight):
+    "Output minus target, exactly zero, with zero gradient, where there is no measurement."
+    return torch.where(weight > 0, output - torch.where(weight > 0, target, 0.), 0.)
+
 def masked_l2(
     output:torch.Tensor, # (batch, channel, pixel) what the decoder made
     target:torch.Tensor, # (batch, channel, pixel) what it should have made
     weight:torch.Tensor, # (batch, channel, pixel) 0 where there is no measurement
 )->torch.Tensor: # () mean squared difference
     "Mean squared difference over valid pixels."
-    return masked_mean((output - target).square(), weight)
+    return masked_mean(_difference(output, target, weight).square(), weight)
 
 def masked_l1(
     output:torch.Tensor, # (batch, channel, pixel) what the decoder made
@@ -40,16 +44,16 @@ def masked_l1(
     weight:torch.Tensor, # (batch, channel, pixel) 0 where there is no measurement
 )->torch.Tensor: # () mean absolute difference
     "Mean absolute difference over valid pixels."
-    return masked_mean((output - target).abs(), weight)
+    return masked_mean(_difference(output, target, weight).abs(), weight)
 
-# %% ../nbs/22_objectives.ipynb #207376cc
+# %% ../nbs/22_objectives.ipynb #f6174011
 def masked_chi2(
     output:torch.Tensor, # (batch, pixel) reconstructed flux
     target:torch.Tensor, # (batch, pixel) observed flux
     ivar:torch.Tensor, # (batch, pixel) inverse variance of the flux, 0 = do not use
 )->torch.Tensor: # () chi-square per valid pixel
     "Chi-square per valid pixel, the mean of `ivar * (output - target)**2`."
-    return masked_mean(ivar * (output - target).square(), ivar > 0)
+    return masked_mean(ivar * _difference(output, target, ivar).square(), ivar > 0)
 
 # %% ../nbs/22_objectives.ipynb #434560d7
 def kl_per_node(
