@@ -34,39 +34,16 @@ def ordinal_ranks(
         rank[shuffle[np.argsort(column[shuffle])]] = np.arange(len(columns), dtype=np.int32)
     return ranks[0] if values.ndim == 1 else ranks
 
-# %% ../nbs/30_depend.ipynb #ab88d39a
+# %% ../nbs/30_depend.ipynb #b0c9e2d1
 @njit(cache=True, nogil=True)
 def _insert(
-    best:np.ndarray, # (k,) smallest distances so far, ascending; changed in place
-    distance:int, # a distance smaller than best[-1]
+    best:np.ndarray, # (1 + k,) -1 and then the smallest distances so far, ascending; changed in place
+    distance:int, # a new distance
 )->int: # the new k-th distance
     "Insert a distance into the sorted list of the k smallest."
-    place = best.size - 1
-    while place > 0 and best[place - 1] > distance:
-        best[place] = best[place - 1]
-        place -= 1
-    best[place] = distance
-    return best[-1]
-
-# %% ../nbs/30_depend.ipynb #8ba1bb3d
-@njit(cache=True, nogil=True)
-def _walk(
-    px:np.ndarray, # (row,) x ranks, strip by strip
-    py:np.ndarray, # (row,) y ranks, ascending within a strip
-    x:int, y:int, # the point whose neighbours are sought
-    first:int, stop:int, step:int, # places to visit: first, first + step, ... before stop
-    reach:int, # k-th distance so far
-    best:np.ndarray, # (k,) distances so far
-)->int: # k-th distance after the walk
-    "Visit one strip in one direction."
-    j = first
-    while j != stop:
-        dy = abs(py[j] - y)
-        if dy >= reach: break
-        distance = max(dy, abs(px[j] - x))
-        if distance < reach: reach = _insert(best, distance)
-        j += step
-    return reach
+    for a in range(best.size - 1, 0, -1):
+        best[a] = min(best[a], max(best[a - 1], distance))
+    return best[best.size - 1]
 
 # %% ../nbs/30_depend.ipynb #2c01342c
 @njit(cache=True, nogil=True)
@@ -90,68 +67,86 @@ def _strips(
     cell[:, n_strips] = fill
     return px, py, cell
 
-# %% ../nbs/30_depend.ipynb #aa30f205
+# %% ../nbs/30_depend.ipynb #d510ad77
 @njit(cache=True, nogil=True)
-def _reach_of(
-    px:np.ndarray, py:np.ndarray, cell:np.ndarray, # strips, from `_strips`
-    width:int, # ranks a strip [rank]
-    i:int, # place of the point
-    best:np.ndarray, # (k,) scratch
-)->int: # distance of the k-th neighbour [rank]
-    "Distance of the k-th neighbour of one point."
-    n, n_strips, x, y = px.size, cell.shape[0], px[i], py[i]
-    own, q = x // width, y // width
-    best[:] = n
-    reach = _walk(px, py, x, y, i - 1, own * width - 1, -1, n, best)
-    reach = _walk(px, py, x, y, i + 1, min(n, (own + 1) * width), 1, reach, best)
-    for side in (-1, 1):
-        strip = own + side
-        while 0 <= strip < n_strips:
-            gap = x - (strip + 1) * width + 1 if side < 0 else strip * width - x
-            if gap >= reach: break
-            above, stop = cell[strip, q], min(n, (strip + 1) * width)
-            while above < stop and py[above] < y: above += 1
-            reach = _walk(px, py, x, y, above - 1, strip * width - 1, -1, reach, best)
-            reach = _walk(px, py, x, y, above, stop, 1, reach, best)
-            strip += side
-    return reach
-
-# %% ../nbs/30_depend.ipynb #ecde8bab
-@njit(cache=True, nogil=True)
-def _ksg_terms(
-    x_by_y:np.ndarray, # (row,) x rank of the point of y rank 0, 1, 2, ...
-    k:int, # neighbours
-    psi:np.ndarray, # (4 row,) digamma(1 + j / 2)
-)->float: # mean of digamma(n_x + 1) + digamma(n_y + 1), boundary points counted half
-    "The average in the estimator of Kraskov et al. (2004), eq. 8, on ranks."
-    n = x_by_y.size
-    width = max(1, int(0.8 * np.sqrt(k * n)))
-    px, py, cell = _strips(x_by_y, width)
-    best = np.empty(k, np.int64)
-    total = 0.0
+def _kth_distances(
+    px:np.ndarray, py:np.ndarray, cell:np.ndarray, # (row,), (row,), (strip, strip + 1), from `_strips`
+    width:int, k:int, # ranks a strip [rank]; neighbours
+)->np.ndarray: # (row, 1 + k) -1 and the distances to the k nearest neighbours, ascending [rank]
+    "Chebyshev distances to the nearest neighbours of every point, in the order of the strips."
+    n, nearest = px.size, np.full((px.size, k + 1), px.size, np.int32)
+    nearest[:, 0] = -1
     for i in range(n):
-        e = _reach_of(px, py, cell, width, i, best)
-        left, right, down, up = px[i], n - 1 - px[i], py[i], n - 1 - py[i]
-        n_x2 = min(e - 1, left) + min(e, left) + min(e - 1, right) + min(e, right)
-        n_y2 = min(e - 1, down) + min(e, down) + min(e - 1, up) + min(e, up)
-        total += psi[n_x2] + psi[n_y2]
+        x, y, e, q, best = px[i], py[i], n, py[i] // width, nearest[i]
+        for side in range(3):  # own strip, then to the left, then to the right
+            strip = i // width + (side == 2) - (side == 1)
+            while 0 <= strip < cell.shape[0] and max(strip * width - x, x - (strip + 1) * width + 1) < e:
+                up, stop = i if side == 0 else cell[strip, q], min(n, (strip + 1) * width)
+                while up < stop and py[up] < y: up += 1
+                down, up = up - 1, up + (side == 0)
+                while down >= strip * width and y - py[down] < e:
+                    e = _insert(best, max(y - py[down], abs(px[down] - x)))
+                    down -= 1
+                while up < stop and py[up] - y < e:
+                    e = _insert(best, max(py[up] - y, abs(px[up] - x)))
+                    up += 1
+                strip += 2 * side - 3 if side else n
+    return nearest
+
+# %% ../nbs/30_depend.ipynb #13fb09ca
+@njit(cache=True, nogil=True)
+def _count_terms(
+    px:np.ndarray, py:np.ndarray, # (row,) ranks
+    reach:np.ndarray, # (row,) distances of the k-th neighbours [rank]
+    psi:np.ndarray, # (4 row,) digamma(1 + j / 2)
+)->float: # mean of digamma(n_x + 1) + digamma(n_y + 1)
+    "Average digamma of the marginal counts, points on the boundary counted half."
+    n, total = px.size, 0.0
+    for i in range(n):
+        e, left, right, down, up = reach[i], px[i], n - 1 - px[i], py[i], n - 1 - py[i]
+        twice_x = min(e - 1, left) + min(e, left) + min(e - 1, right) + min(e, right)
+        twice_y = min(e - 1, down) + min(e, down) + min(e - 1, up) + min(e, up)
+        total += psi[twice_x] + psi[twice_y]
     return total / n
 
-# %% ../nbs/30_depend.ipynb #eae02b1c
+# %% ../nbs/30_depend.ipynb #5202ec30
+@njit(cache=True, nogil=True)
+def _ksg_pair(
+    x_by_y:np.ndarray, # (row,) x rank of the point of y rank 0, 1, 2, ...
+    ks:np.ndarray, # (1,) neighbours, or (2,) k and 3 k to extrapolate
+    psi:np.ndarray, # (4 row,) digamma(1 + j / 2)
+)->float: # mutual information [nat]
+    "KSG estimate of one pair [Kraskov et al. 2004, eq. 8]."
+    n, each = x_by_y.size, np.empty(ks.size)
+    width = max(1, int(0.9 * np.sqrt(ks[-1] * n)))
+    px, py, cell = _strips(x_by_y, width)
+    nearest = _kth_distances(px, py, cell, width, ks[-1])
+    for c in range(ks.size):
+        each[c] = psi[2 * ks[c] - 2] + psi[2 * n - 2] - _count_terms(px, py, nearest[:, ks[c]], psi)
+    return each[0] + (each[0] - each[-1]) / (np.sqrt(3.0) - 1)
+
+# %% ../nbs/30_depend.ipynb #334de7c6
 @njit(cache=True, nogil=True)
 def _ksg_matrix(
     x_ranks:np.ndarray, # (latent, row) ordinal ranks
     y_orders:np.ndarray, # (label, row) row number of each y rank
-    k:int, # neighbours
+    ks:np.ndarray, # (1,) or (2,) neighbours
     psi:np.ndarray, # (4 row,) digamma(1 + j / 2)
 )->np.ndarray: # (latent, label) mutual information [nat]
     "KSG estimate of every pair of columns."
-    n = x_ranks.shape[1]
     mi = np.empty((x_ranks.shape[0], y_orders.shape[0]))
     for a in range(mi.shape[0]):
-        for b in range(mi.shape[1]):
-            mi[a, b] = psi[2 * k - 2] + psi[2 * n - 2] - _ksg_terms(x_ranks[a][y_orders[b]], k, psi)
+        for b in range(mi.shape[1]): mi[a, b] = _ksg_pair(x_ranks[a][y_orders[b]], ks, psi)
     return mi
+
+# %% ../nbs/30_depend.ipynb #56657fbe
+def _neighbours(
+    k:int, # neighbours
+    extrapolate:bool, # remove the term in the square root of k
+)->np.ndarray: # (1,) or (2,) numbers of neighbours to look at
+    "The neighbours at which the estimator is evaluated; ValueError when k is not positive."
+    if k < 1: raise ValueError(f"k = {k}: the estimator needs at least one neighbour")
+    return np.array([k, 3 * k] if extrapolate else [k])
 
 # %% ../nbs/30_depend.ipynb #3717e297
 @njit(cache=True, nogil=True)
@@ -208,13 +203,14 @@ def _as_number(
     codes = pd.factorize(text, sort=True)[0].astype(float)
     return np.where(codes < 0, np.nan, codes), True
 
-# %% ../nbs/30_depend.ipynb #26bea3a0
+# %% ../nbs/30_depend.ipynb #7e3bf981
 def mutual_information(
     x, # (row,) numbers, or text for classes
     y, # (row,) numbers, or text for classes
     k:int=3, # neighbours
     *,
-    discrete:bool|None=None, # y names classes; None: when it is text or boolean
+    discrete:bool|None=None, # y names classes; None: when it is text, boolean, or of few values
+    extrapolate:bool=False, # remove the bias that grows as the square root of k
     seed:int=0, # of the order in which ties are broken
 )->float: # mutual information [nat]; may be slightly negative; NaN when no more than k + 1 pairs are complete
     "Mutual information by nearest neighbours on ranks [Kraskov et al. 2004; Ross 2014]; ValueError when lengths differ."
@@ -223,26 +219,26 @@ def mutual_information(
         raise ValueError(f"x {x.shape} and y {y.shape}: give two 1-d columns of the same length")
     if x_class and not (y_class or discrete): x, y, y_class = y, x, discrete is None
     complete = np.isfinite(x) & np.isfinite(y)
-    return float(_mi_columns(x[complete, None], y[complete], k, y_class if discrete is None else discrete, seed)[0])
+    return float(_mi_columns(x[complete, None], y[complete], _neighbours(k, extrapolate), y_class if discrete is None else discrete, seed)[0])
 
-# %% ../nbs/30_depend.ipynb #9ae30e81
+# %% ../nbs/30_depend.ipynb #a9885169
 def _mi_columns(
     x:np.ndarray, # (row, latent) finite
     y:np.ndarray, # (row,) finite
-    k:int, # neighbours
+    ks:np.ndarray, # neighbours, from `_neighbours`
     discrete:bool, # y names classes
     seed, # of the orders in which ties are broken
 )->np.ndarray: # (latent,) mutual information [nat]
     "Mutual information of several latents with one label, complete rows only."
     n = len(y)
-    if n < k + 2: return np.full(x.shape[1], np.nan)
+    if n < ks[-1] + 2: return np.full(x.shape[1], np.nan)
     rng_x, rng_y = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
     psi = _psi_table(n)
     ranks = ordinal_ranks(x, rng_x)
     if not discrete:
-        return _ksg_matrix(ranks, np.argsort(ordinal_ranks(y, rng_y))[None], k, psi)[:, 0]
+        return _ksg_matrix(ranks, np.argsort(ordinal_ranks(y, rng_y))[None], ks, psi)[:, 0]
     classes = np.unique(y, return_inverse=True)[1]
-    return np.array([_ross(classes[np.argsort(r)], classes.max() + 1, k, psi) for r in ranks])
+    return np.array([_ross(classes[np.argsort(r)], classes.max() + 1, ks[0], psi) for r in ranks])
 
 def _psi_table(
     n:int, # rows
@@ -296,7 +292,7 @@ def histogram_information(
     outer = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     return float((joint[joint > 0] * np.log(joint[joint > 0] / outer[joint > 0])).sum())
 
-# %% ../nbs/30_depend.ipynb #96c40087
+# %% ../nbs/30_depend.ipynb #a6c03505
 def pearson_matrix(
     x:np.ndarray, # (row, latent), NaN where missing
     y:np.ndarray, # (row, label), NaN where missing
@@ -312,6 +308,7 @@ def pearson_matrix(
     small = (var_x <= 1e-12 * n**2) | (var_y <= 1e-12 * n**2)  # columns have unit variance here
     return np.where(small, np.nan, (n * (weighted(x) @ y) - sum_x * sum_y) / np.where(small, 1, scale))
 
+# %% ../nbs/30_depend.ipynb #141db260
 def _centred(
     values:np.ndarray, # (row, column), NaN where missing
 )->tuple: # standardised values with 0 where missing, and the mask of present ones as float
@@ -597,34 +594,34 @@ def group_codes(
     names = pd.Series(groups).astype(object)
     return pd.factorize(names.where(names.notna() & (names != "")))[0]
 
-# %% ../nbs/30_depend.ipynb #db3ef6d7
+# %% ../nbs/30_depend.ipynb #8c6d10a2
 def _estimates(
     x:np.ndarray, # (row, latent) complete
     y:np.ndarray, # (row,) complete
     units:Units, # groups of these rows
-    k:int, # neighbours
+    ks:np.ndarray, # neighbours
     discrete:bool, # the label names classes
     seed:int, # ties
 )->np.ndarray: # (2, latent) information [nat], Spearman
     "Information, averaged over draws, and group-weighted Spearman of one label with every latent."
-    mi = np.mean([_mi_columns(x[r], y[r], k, discrete, (seed, d)) for d, r in enumerate(units.rows())], axis=0)
+    mi = np.mean([_mi_columns(x[r], y[r], ks, discrete, (seed, d)) for d, r in enumerate(units.rows())], axis=0)
     rows = np.concatenate([units.order[s:s + m] for s, m in zip(units.start, units.size)])
     weights = np.repeat(1 / units.size, units.size)
     return np.stack([mi, spearman_matrix(x[rows], y[rows, None], weights)[:, 0]])
 
-# %% ../nbs/30_depend.ipynb #c1e51bb9
+# %% ../nbs/30_depend.ipynb #7d9fb187
 def _with_interval(
     x:np.ndarray, y:np.ndarray, # (row, latent) and (row,) complete
     units:Units, # groups of these rows
-    k:int, discrete:bool, seed:int, # neighbours, classes, ties
+    ks:np.ndarray, discrete:bool, seed:int, # neighbours, classes, ties
     level:float|None, # of the interval; None: no interval
 )->dict: # name -> (latent,)
     "Estimates of one label with every latent, and their intervals by disjoint subsampling."
     scale = lambda s: np.stack([s[0], np.arctanh(np.clip(s[1], -0.999999, 0.999999))])
-    estimate = _estimates(x, y, units, k, discrete, seed)
+    estimate = _estimates(x, y, units, ks, discrete, seed)
     low = high = np.full_like(estimate, np.nan)
-    if level is not None and units.n_groups >= 2 * (k + 2):
-        part = lambda groups: scale(_estimates(x, y, units.take(groups), k, discrete, seed))
+    if level is not None and units.n_groups >= 2 * (ks[-1] + 2):
+        part = lambda groups: scale(_estimates(x, y, units.take(groups), ks, discrete, seed))
         error, freedom = subsample_error(part, units.n_groups, np.random.default_rng((seed, 99)))
         reach = error * student_t.ppf(0.5 + level / 2, freedom)
         low, high = scale(estimate) - reach, scale(estimate) + reach
@@ -650,7 +647,7 @@ def _flags(
     dead = (np.ptp(x, axis=0) == 0) if len(x) else np.ones(x.shape[1], bool)
     return [";".join(dict.fromkeys(common + ["constant"] * bool(d))) for d in dead]
 
-# %% ../nbs/30_depend.ipynb #cfa35a66
+# %% ../nbs/30_depend.ipynb #f0f17773
 def association(
     latents, # latents Dataset, DataArray, ndarray or DataFrame (spectrum, latent)
     labels=None, # None: coordinates of role label or factor | names | dict | DataFrame | Dataset
@@ -659,6 +656,7 @@ def association(
     n_permutations:int=999, # arrangements of the null; 0: no p-values
     seed:int=0, # of ties, draws, permutations and cuts
     k:int=3, # neighbours
+    extrapolate:bool=False, # see `mutual_information`
     level:float|None=0.9, # of the intervals; None: no intervals
     n_draws:int|None=None, # exposures drawn of each group; None: the mean number, at most 10
     min_groups:int=20, # fewer groups than this are flagged
@@ -668,22 +666,21 @@ def association(
     columns = {name: _as_number(v) for name, v in label_table(table, labels).items()}
     codes = group_codes(table, groups)
     x, y = table.values.astype(float), np.stack([v for v, _ in columns.values()], 1)
-    settings = dict(k=k, seed=seed, level=level, n_draws=n_draws, min_groups=min_groups, repeats=groups is None and _repeats(table))
+    settings = dict(ks=_neighbours(k, extrapolate), seed=seed, level=level, n_draws=n_draws, min_groups=min_groups, repeats=groups is None and _repeats(table))
     result = _estimate_matrix(x, y, codes, [d for _, d in columns.values()], **settings)
     result.update(_test_matrix(x, y, codes, n_permutations, n_draws, seed))
     attrs = dict(groups=groups if isinstance(groups, str) else "row" if groups is None else "array", n_permutations=n_permutations, seed=seed, k=k, level=level or 0.0, min_groups=min_groups)
     return xr.Dataset({name: (("latent", "label"), v, _ATTRS[name]) for name, v in result.items()}, {"latent": table.latent.values, "label": list(columns)}, attrs)
 
-# %% ../nbs/30_depend.ipynb #61619bf8
+# %% ../nbs/30_depend.ipynb #8cd0024a
 def _estimate_matrix(
     x:np.ndarray, y:np.ndarray, # (row, latent), (row, label), NaN where missing
     codes:np.ndarray, # (row,) group numbers
     discrete:list, # (label,) bool
-    *, k:int, seed:int, level:float|None, n_draws:int|None, min_groups:int, repeats:bool, # see `association`
+    *, ks:np.ndarray, seed:int, level:float|None, n_draws:int|None, min_groups:int, repeats:bool, # see `association`
 )->dict: # name -> (latent, label)
     "All estimates, intervals, counts and flags."
-    shape = x.shape[1], y.shape[1]
-    out = {name: np.full(shape, np.nan) for name in ("mi", "mi_low", "mi_high", "spearman", "spearman_low", "spearman_high", "gaussian_mi")}
+    out = {name: np.full((shape := (x.shape[1], y.shape[1])), np.nan) for name in ("mi", "mi_low", "mi_high", "spearman", "spearman_low", "spearman_high", "gaussian_mi")}
     out.update(n=np.zeros(shape, int), n_groups=np.zeros(shape, int), flag=np.full(shape, "", object))
     out["pearson"] = pearson_matrix(x, y, row_weights(make_units(codes, 1), len(x)))
     for here, nodes in _patterns(x):
@@ -693,13 +690,12 @@ def _estimate_matrix(
             out["n"][nodes, b], out["n_groups"][nodes, b] = len(rows), units.n_groups
             out["flag"][nodes, b] = _flags(xs, ys, units, min_groups, repeats)
             if len(rows) < 2: continue
-            for name, v in _with_interval(xs, ys, units, k, discrete[b], seed, level).items(): out[name][nodes, b] = v
-            if units.n_groups < min_groups: out["mi"][nodes, b] = _mi_columns(xs, ys, k, discrete[b], seed)
+            for name, v in _with_interval(xs, ys, units, ks, discrete[b], seed, level).items(): out[name][nodes, b] = v
+            if units.n_groups < min_groups: out["mi"][nodes, b] = _mi_columns(xs, ys, ks, discrete[b], seed)
             out["gaussian_mi"][nodes, b] = _copula_columns(xs, ys, row_weights(units, len(rows)))
-    constant = np.char.find(out["flag"].astype(str), "constant") >= 0  # no information, and no interval
-    for name in ("mi", "mi_low", "mi_high"): out[name][constant] = np.where(np.isnan(out[name][constant]), np.nan, 0 if name == "mi" else np.nan)
-    out["linfoot"], out["flag"] = linfoot(out["mi"]), out["flag"].astype(str)
-    return out
+    constant = np.char.find(out["flag"].astype(str), "constant") >= 0
+    for name in ("mi", "mi_low", "mi_high"): out[name][constant] = 0.0 if name == "mi" else np.nan
+    return out | {"linfoot": linfoot(out["mi"]), "flag": out["flag"].astype(str)}
 
 # %% ../nbs/30_depend.ipynb #662a85fa
 def _copula_columns(
