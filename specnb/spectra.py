@@ -205,7 +205,7 @@ def _align(ds, old):
     ds = ds.assign_coords({n: ("spectrum", empty(c), c.attrs) for n, c in old.coords.items() if n not in ds.coords and c.dims == ("spectrum",)})
     return ds.assign_coords({n: ds[n].astype(old[n].dtype) for n in old.coords if old[n].dtype.kind in "fiu"})
 
-# %% ../nbs/01_spectra.ipynb #e00de91e
+# %% ../nbs/01_spectra.ipynb #06cd83f9
 def _append(ds, path):
     old = open_store(path)
     problem = _same_grid(old, ds)
@@ -213,7 +213,7 @@ def _append(ds, path):
     repeated = np.intersect1d(old.spectrum_id.values, ds.spectrum_id.values)
     if repeated.size: raise ContractError(f"{path} already holds spectrum_id {', '.join(repeated[:3])}: drop {'it' if repeated.size == 1 else 'these'} from the new spectra")
     rows = _storable(_align(ds, old).drop_vars("wavelength").compute(), None)
-    rows.drop_attrs().to_zarr(path, append_dim="spectrum", zarr_format=3, consolidated=False, safe_chunks=False)
+    rows.drop_attrs().assign_attrs(old.attrs).to_zarr(path, append_dim="spectrum", zarr_format=3, consolidated=False, safe_chunks=False)
 
 # %% ../nbs/01_spectra.ipynb #34499947
 def save_store(

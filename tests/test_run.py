@@ -1,0 +1,166 @@
+"""The main job as a whole: faults, interruption, repetition, and what a folder promises."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import numpy as np
+import pandas as pd
+import pytest
+from specnb import run as run_module
+from specnb.cli import app, main
+from specnb.run import RunError, analyse, encode, findings, ingest, open_run, simulate, train
+from specnb.spectra import open_store, save_store
+
+TINY = dict(net="tiny", n_epoch=2, bs=16)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A finished run on 200 stars, in a path with spaces."
+    folder = tmp_path_factory.mktemp("a path with spaces")
+    store = simulate(folder / "survey.zarr", n_stars=200, n_pixels=256)
+    run = train(store, folder / "run", **TINY)
+    encode(run)
+    analyse(run, n_permutations=49)
+    return folder
+
+
+def test_the_folder_holds_what_the_design_promises(made):
+    names = {p.name for p in (made / "run").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "checkpoints", "history.csv", "latents.zarr", "dimensions.csv", "association.csv", "inspect.ipynb", "report.html"}
+    frame = pd.read_csv(made / "run" / "association.csv")
+    assert len(frame) == 6 * 11 and {"latent", "label", "n", "n_groups", "spearman", "mi", "mi_low", "mi_high", "p", "q"} <= set(frame.columns)
+    assert len(pd.read_csv(made / "run" / "history.csv")) == 2
+    config = json.loads((made / "run" / "config.json").read_text())["extra"]["run"]
+    assert {"seed", "net", "objective", "recipe", "store_fingerprint", "versions"} <= set(config)
+
+
+def test_the_folder_may_move_with_its_store(made, tmp_path):
+    shutil.copytree(made, tmp_path / "elsewhere")
+    moved = open_run(tmp_path / "elsewhere" / "run")
+    assert moved.store == (tmp_path / "elsewhere" / "survey.zarr").resolve()
+    np.testing.assert_array_equal(moved.latents["mean"], open_run(made / "run").latents["mean"])
+
+
+def test_a_run_whose_store_is_gone_says_so(made, tmp_path):
+    shutil.copytree(made / "run", tmp_path / "run")
+    with pytest.raises(RunError, match="survey.zarr.*not where it was"): encode(tmp_path / "run")
+    assert open_run(tmp_path / "run").association.sizes["label"] == 11
+
+
+def test_encoding_a_store_of_another_grid_is_refused_and_nothing_is_lost(made, tmp_path):
+    other = simulate(tmp_path / "other.zarr", n_stars=10, n_pixels=128)
+    before = open_run(made / "run").latents
+    with pytest.raises(ValueError, match="128 pixels"): encode(made / "run", other)
+    np.testing.assert_array_equal(before["mean"], open_run(made / "run").latents["mean"])
+
+
+def test_encoding_new_spectra_marks_them_new(made, tmp_path):
+    other = simulate(tmp_path / "other.zarr", n_stars=10, n_pixels=256, seed=5)
+    latents = open_store(encode(made / "run", other, out=tmp_path / "new.zarr"))
+    assert set(latents.split.values) == {"new"} and latents.sizes["latent"] == 6
+
+
+def test_weights_of_another_version_are_refused(made, tmp_path):
+    shutil.copytree(made / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    key = next(k for k in config if "format" in k)
+    config[key] = 999
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json|version"): open_run(tmp_path / "run").bundle
+
+
+def test_damaged_weights_are_refused(made, tmp_path):
+    shutil.copytree(made / "run", tmp_path / "run")
+    path = tmp_path / "run" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="model.safetensors"): open_run(tmp_path / "run").bundle
+
+
+def test_analysis_is_the_same_twice(made):
+    first = (made / "run" / "association.csv").read_bytes()
+    analyse(made / "run", n_permutations=49)
+    assert (made / "run" / "association.csv").read_bytes() == first
+
+
+def test_a_label_that_nobody_has_is_named(made):
+    with pytest.raises((ValueError, KeyError), match="mass"): analyse(made / "run", labels=["mass"], n_permutations=9)
+
+
+def test_findings_name_one_node_a_label(made):
+    found = findings(open_run(made / "run").association)
+    assert found.label.is_unique and set(found.node) <= set(range(6))
+
+
+def test_a_store_with_too_few_stars_to_split_is_an_error(tmp_path):
+    store = simulate(tmp_path / "s.zarr", n_stars=1, n_pixels=256)
+    with pytest.raises(ValueError): train(store, tmp_path / "run", **TINY)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+KILLED = """
+import sys, os, signal
+from specnb import run
+from fastai.callback.core import Callback
+from specnb import learner
+class Kill(Callback):
+    order = 80
+    def after_epoch(self):
+        if self.epoch == 1: os.kill(os.getpid(), signal.{signal})
+original = run.spectrum_learner
+run.spectrum_learner = lambda *a, **k: original(*a, **k, cbs=[Kill()])
+run.train(sys.argv[1], sys.argv[2], net="tiny", n_epoch=4, bs=16)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_a_killed_training_resumes_to_the_same_weights(tmp_path, made, name):
+    words = [sys.executable, "-c", KILLED.format(signal=name), str(made / "survey.zarr"), str(tmp_path / "run")]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert ended.returncode != 0 and (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "model.safetensors").exists()
+    resumed = open_run(train(made / "survey.zarr", tmp_path / "run", **{**TINY, "n_epoch": 4}))
+    straight = open_run(train(made / "survey.zarr", tmp_path / "straight", **{**TINY, "n_epoch": 4}))
+    for key, value in straight.bundle.model.state_dict().items(): assert (value == resumed.bundle.model.state_dict()[key]).all(), key
+    assert len(resumed.history) == 4
+
+
+def test_the_command_line_does_the_job(tmp_path, capfd):
+    store, run = str(tmp_path / "s.zarr"), str(tmp_path / "run")
+    assert main(["simulate", store, "--n-stars", "120", "--n-pixels", "256"]) == 0
+    assert main(["train", store, run, "--net", "tiny", "--n-epoch", "1"]) == 0
+    assert main(["encode", run]) == 0
+    assert main(["analyse", run, "--n-permutations", "19"]) == 0
+    out = capfd.readouterr().out
+    assert "|Spearman|" in out and "specnb inspect" in out
+
+
+@pytest.mark.parametrize("words, mend", [
+    (["train", "{0}/no.zarr", "{0}/run"], "not a Zarr store"),
+    (["analyse", "{0}"], "config.json"),
+    (["ingest", "{0}", "--store", "{0}/s.zarr", "--start", "5000"], "stop"),
+    (["inspect", "{0}/nothing"], "not a folder"),
+])
+def test_errors_on_the_command_line_are_one_sentence(tmp_path, capfd, words, mend):
+    assert main([w.format(tmp_path) for w in words]) == 1
+    err = capfd.readouterr().err
+    assert mend in err and "Traceback" not in err
+
+
+def test_inspect_listens_on_this_machine_only(made):
+    words = [shutil.which("specnb", path=os.path.dirname(sys.executable)), "inspect", str(made / "run"), "--no-show", "--port", "0"]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        text, start = "", time.time()
+        while "localhost" not in text and "127.0.0.1" not in text and time.time() - start < 90:
+            text += server.stdout.readline()
+        port = int("".join(c for c in text.split("http://")[1].split(":")[1].split("/")[0] if c.isdigit()))
+        import psutil
+        mine = [c for p in [psutil.Process(server.pid), *psutil.Process(server.pid).children(True)] for c in p.net_connections() if c.status == "LISTEN"]
+        assert mine and {c.laddr.ip for c in mine} <= {"127.0.0.1", "::1"} and port in {c.laddr.port for c in mine}
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
