@@ -61,7 +61,7 @@ def eso_identifier(
     exposure = exposure_of(path, headers)
     return exposure if exposure.startswith(("HARPS.", "FEROS.")) else spectrum_stem(path)
 
-# %% ../nbs/11_eso.ipynb #c06d56f2
+# %% ../nbs/11_eso.ipynb #eecf42e0
 ESO_CARDS = dict(berv=("ESO DRS BERV", "ESO QC BERV", "ESO QC VRAD BARYCOR", "BERV"), airmass=("AIRMASS", "ESO TEL AIRM START"),
                  seeing=("ESO TEL AMBI FWHM START",), humidity=("ESO TEL AMBI RHUM",))
 
@@ -69,7 +69,7 @@ def order_snr(
     header:fits.Header, # header of a DRS product
 ) -> float: # median over the orders, NaN without such cards
     "Median of the signal-to-noise ratios of the orders."
-    values = [to_number(header[k]) for k in header if re.fullmatch(r"ESO DRS SPE EXT SN\d+", k)]
+    values = [to_number(first_card([header], [k])) for k in header if re.fullmatch(r"ESO DRS SPE EXT SN\d+", k)]
     return float(np.nanmedian(values)) if values else np.nan
 
 def eso_coordinates(
@@ -85,14 +85,14 @@ def eso_coordinates(
     out |= {name: np.nan for name in ("seeing", "humidity") if not out[name] >= 0}
     return out | dict(spectrum_id=eso_identifier(path, headers), exposure=exposure_of(path, headers))
 
-# %% ../nbs/11_eso.ipynb #815cfa89
+# %% ../nbs/11_eso.ipynb #f4256ccc
 def doubt(
     path:str|Path,    # file
     headers:Sequence, # its headers
     ds:xr.Dataset,    # the spectrum as read
 ) -> str: # "" is good
     "Why a product should be used with care; empty when nothing speaks against it."
-    comments = [str(h[k]).strip() for h in headers for k in h if re.fullmatch(r"QC_COMM\d+", k)]
+    comments = [str(first_card([h], [k]) or "") for h in headers for k in h if k.startswith("QC_COMM")]
     notes = [f"pipeline: {c}" for c in comments if c.lower() not in ("", "none")]
     if ds.ivar.attrs["origin"] == "pipeline":
         share = float((ds.flux*np.sqrt(ds.ivar) < -5).mean())
@@ -126,7 +126,7 @@ def read_phase3(
     headers = _headers(hdus)
     return _finish(path, headers, read_table_spectrum(path, hdus, eso_coordinates(path, headers)))
 
-# %% ../nbs/11_eso.ipynb #525c0a88
+# %% ../nbs/11_eso.ipynb #eedf1b90
 def _one_long_axis(hdu):
     return hdu.is_image and sum(n > 1 for n in hdu.shape) == 1
 
@@ -137,7 +137,7 @@ def is_s1d(
     "True for a 1-d image in Angstrom with DRS cards that no later program has rewritten."
     if hdus is None or not _one_long_axis(hdus[0]): return False
     header = hdus[0].header
-    return "ESO DRS VERSION" in header and str(header.get("CTYPE1", "")).strip() == "Angstrom" and "WCSDIM" not in header
+    return "ESO DRS VERSION" in header and first_card([header], ["CTYPE1"]) == "Angstrom" and "WCSDIM" not in header
 
 def read_s1d(
     path:str|Path, # file
@@ -150,7 +150,7 @@ def read_s1d(
     if frame[1].startswith("guess"): frame = ("barycentric", "definition of the DRS s1d")
     return _finish(path, headers, read_image_spectrum(path, hdus, eso_coordinates(path, headers), medium=medium, frame=frame))
 
-# %% ../nbs/11_eso.ipynb #caad48ad
+# %% ../nbs/11_eso.ipynb #c5127dd4
 def drs_kind(
     path:str|Path, # file
     hdus:fits.HDUList|None, # its HDUs
@@ -159,7 +159,7 @@ def drs_kind(
     if hdus is None or not hdus[0].is_image or "ESO DRS VERSION" not in hdus[0].header: return ""
     header, name = hdus[0].header, Path(path).name
     if "ESO DRS BIS RV" in header or "_bis_" in name: return "a bisector of the cross-correlation function (BIS)"
-    if str(header.get("CTYPE1", "")).strip() == "km/s" or "_ccf_" in name: return "a cross-correlation function (CCF)"
+    if first_card([header], ["CTYPE1"]) == "km/s" or "_ccf_" in name: return "a cross-correlation function (CCF)"
     return "echelle orders (E2DS)" if sum(n > 1 for n in hdus[0].shape) == 2 else ""
 
 def refuse_drs(

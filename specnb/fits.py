@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CARDS', 'COORD_ATTRS', 'WAVE_NAMES', 'FLUX_NAMES', 'ERROR_NAMES', 'QUALITY_NAMES', 'IVAR_NAMES', 'READERS',
            'BUILT_IN', 'SpectrumError', 'NotFits', 'TruncatedFile', 'NotASpectrum', 'UnknownLayout', 'MissingField',
-           'BadWavelength', 'NoUsablePixels', 'IdentifierError', 'load_bytes', 'parse_fits', 'to_angstrom',
-           'header_wavelength', 'first_card', 'medium_of', 'frame_of', 'pixel_ivar', 'to_number', 'header_coordinates',
-           'assemble', 'spectrum_stem', 'table_columns', 'spectrum_table', 'read_table_spectrum', 'spectrum_image',
-           'image_unit', 'read_image_spectrum', 'read_named_rows', 'Reader', 'readers', 'register_reader',
-           'registered_readers', 'unregister_reader', 'identify', 'read_spectrum']
+           'BadWavelength', 'NoUsablePixels', 'IdentifierError', 'ReaderError', 'load_bytes', 'parse_fits',
+           'to_angstrom', 'header_wavelength', 'first_card', 'medium_of', 'frame_of', 'pixel_ivar', 'to_number',
+           'header_coordinates', 'safe_scale', 'assemble', 'spectrum_stem', 'table_columns', 'spectrum_table',
+           'read_table_spectrum', 'spectrum_image', 'image_unit', 'read_image_spectrum', 'read_named_rows', 'Reader',
+           'readers', 'register_reader', 'registered_readers', 'unregister_reader', 'identify', 'read_spectrum']
 
 # %% ../nbs/10_fits.ipynb #4c8fe6f7
 import gzip, importlib, io, re, warnings, zlib
@@ -39,7 +39,7 @@ class SpectrumError(ValueError):
     def __str__(self) -> str:
         return f"{Path(self.path).name}: {self.reason}." + (f" To mend: {self.mend}." if self.mend else "")
 
-# %% ../nbs/10_fits.ipynb #6262efd1
+# %% ../nbs/10_fits.ipynb #8eec6484
 class NotFits(SpectrumError): "The bytes are not FITS, nor any format that a registered reader claims."
 class TruncatedFile(SpectrumError): "The file ends before its header says it should, or its compressed stream is broken."
 class NotASpectrum(SpectrumError): "A sound file of another kind: a cross-correlation function, a bisector, echelle orders."
@@ -48,6 +48,7 @@ class MissingField(SpectrumError): "A column or a header card that is needed is 
 class BadWavelength(SpectrumError): "The wavelengths do not increase, are not finite, or have an unknown unit."
 class NoUsablePixels(SpectrumError): "Every pixel is NaN, zero or flagged bad."
 class IdentifierError(SpectrumError): "A reader's own `identify` failed; the cause is chained."
+class ReaderError(SpectrumError): "A reader claimed the file and then failed in a way it did not foresee; the cause is chained."
 
 # %% ../nbs/10_fits.ipynb #903a314f
 def load_bytes(
@@ -62,7 +63,7 @@ def load_bytes(
     except (EOFError, OSError, zlib.error) as exc:
         raise TruncatedFile(path, f"the gzip stream is broken ({exc})", "fetch it again") from exc
 
-# %% ../nbs/10_fits.ipynb #af798055
+# %% ../nbs/10_fits.ipynb #1beccdd0
 def parse_fits(
     path:str|Path, # the file's name, for messages
     content:bytes, # uncompressed content
@@ -74,7 +75,7 @@ def parse_fits(
         try:
             hdus = fits.open(io.BytesIO(content), memmap=False)
             ends = [hdu.fileinfo()["datLoc"] + hdu.size for hdu in hdus]
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as exc:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, fits.VerifyError) as exc:
             raise TruncatedFile(path, f"the FITS header is broken or cut off ({exc})", "fetch it again") from exc
     missing = max(ends) - len(content)
     if missing > 0: raise TruncatedFile(path, f"the data end {missing:,} bytes too early", "fetch it again")
@@ -121,7 +122,7 @@ def header_wavelength(
         grid = 10.**grid
     return grid, guesses
 
-# %% ../nbs/10_fits.ipynb #49e48e0d
+# %% ../nbs/10_fits.ipynb #017d6299
 def first_card(
     headers:Sequence, # headers, the most telling first
     names:Sequence,   # card names, the preferred first
@@ -129,7 +130,8 @@ def first_card(
     "First value that is neither absent nor blank."
     for name in names:
         for header in headers:
-            value = header.get(name)
+            try: value = header.get(name)
+            except fits.VerifyError: continue
             if value is None or isinstance(value, fits.card.Undefined) or (isinstance(value, str) and not value.strip()): continue
             return value.strip() if isinstance(value, str) else value
 
@@ -161,26 +163,27 @@ def frame_of(
     if first_card(headers, ["DOPCOR01"]): return "rest", "guess: frame rest, since a velocity was removed (DOPCOR01)"
     return "topocentric", "guess: frame topocentric, the header names no frame"
 
-# %% ../nbs/10_fits.ipynb #b3e9ec26
+# %% ../nbs/10_fits.ipynb #3286f0af
 def pixel_ivar(
     flux:np.ndarray,               # (wavelength,) flux
     error:np.ndarray|None=None,    # (wavelength,) standard error; NaN or <= 0 is "none"
     ivar:np.ndarray|None=None,     # (wavelength,) inverse variance, in place of the error
     quality:np.ndarray|None=None,  # (wavelength,) 0 is good
-) -> tuple: # ((wavelength,) inverse variance, 0 where unusable; "pipeline" or "estimated")
-    "Inverse variance of each pixel and its origin."
+) -> tuple: # ((wavelength,) inverse variance, 0 where unusable; its origin)
+    "Inverse variance of each pixel and its origin: pipeline, estimated or assumed."
     flux = np.asarray(flux, dtype=np.float64)
     good = np.isfinite(flux) & (flux != 0)
     if quality is not None: good &= np.asarray(quality) == 0
     if ivar is None and error is not None:
         error = np.asarray(error, dtype=np.float64)
-        usable = np.isfinite(error) & (error > 0)
+        usable = np.isfinite(error) & (error > 1e-18)
         ivar = np.where(usable, 1/np.where(usable, error, 1)**2, 0)
     if ivar is not None:
-        ivar = np.where(np.isfinite(ivar) & (np.asarray(ivar) > 0), ivar, 0.)*good
+        ivar = np.where((np.asarray(ivar) > 0) & (np.asarray(ivar) < 1e37), ivar, 0.)*good
         if (ivar > 0).sum() >= max(1, .5*good.sum()): return ivar, "pipeline"
-    if not good.any(): return np.zeros_like(flux), "estimated"
-    return estimate_ivar(np.where(good, flux, 0.))*good, "estimated"
+    estimate = estimate_ivar(np.where(good, flux, 0.))*good
+    if not good.any() or 0 < np.median((np.abs(flux)*np.sqrt(estimate))[good]) < 1e5: return estimate, "estimated"
+    return good*(1000/np.median(np.abs(flux[good])))**2, "assumed"
 
 # %% ../nbs/10_fits.ipynb #c9635233
 CARDS = dict(
@@ -223,6 +226,22 @@ def header_coordinates(
     out["night"] = int(np.floor(out["mjd_obs"] - .5)) if np.isfinite(out["mjd_obs"]) else -1
     return out
 
+# %% ../nbs/10_fits.ipynb #b6cb2adc
+def safe_scale(
+    flux:np.ndarray, # (wavelength,) flux
+) -> float: # power of ten by which to divide it, usually 1
+    "Scale that brings a flux far from one (below 1e-12 or above 1e12) back to it."
+    flux = np.asarray(flux)
+    usable = np.abs(flux[np.isfinite(flux) & (flux != 0)])
+    middle = np.median(usable) if usable.size else 1.
+    return 1. if 1e-12 < middle < 1e12 else 10.**np.floor(np.log10(middle))
+
+def _in_float32(flux, error, ivar):
+    "The scale, and all three divided by it; what float32 cannot hold even so becomes NaN."
+    scale = safe_scale(flux)
+    flux = np.where(np.abs(flux) < 1e37*scale, flux, np.nan)/scale
+    return scale, flux, None if error is None else error/scale, None if ivar is None else ivar*scale**2
+
 # %% ../nbs/10_fits.ipynb #cbb769a4
 def _ordered(path, wavelength, *planes):
     "The planes on increasing wavelength, cut where the ends have none."
@@ -236,7 +255,7 @@ def _ordered(path, wavelength, *planes):
         raise BadWavelength(path, f"the wavelength does not increase at {len(bad)} of {len(wavelength)} pixels, first at pixel {bad[0] + 1}", "sort or repair the wavelength column")
     return wavelength, *planes
 
-# %% ../nbs/10_fits.ipynb #954a7117
+# %% ../nbs/10_fits.ipynb #4845cf84
 def assemble(
     path:str|Path,             # the file
     wavelength:np.ndarray,     # (wavelength,) [Angstrom]
@@ -249,15 +268,15 @@ def assemble(
     "One spectrum from its parts. Raises BadWavelength, NoUsablePixels."
     planes = [None if p is None else np.asarray(p).astype(float) for p in (flux, error, ivar, quality)]
     wavelength, flux, error, ivar, quality = _ordered(path, np.asarray(wavelength, float), *planes)
+    scale, flux, error, ivar = _in_float32(flux, error, ivar)
     ivar, origin = pixel_ivar(flux, error, ivar, quality)
     if not (ivar > 0).any(): raise NoUsablePixels(path, f"none of {len(flux)} pixels is usable (NaN, zero or flagged)", "leave the file out")
-    notes = [origin for _, origin in (medium, frame) if origin.startswith("guess")] + [f"guess: {g}" for g in guesses if g]
+    notes = [o for _, o in (medium, frame) if o.startswith("guess")] + [f"guess: {g}" for g in guesses if g]
     facts = dict(source_file=Path(path).name, flag="", exposure="", flux_unit="", reader="") | coords
-    facts |= dict(ivar_origin=origin, guess="; ".join(notes))
-    name = facts.pop("spectrum_id", "") or spectrum_stem(path)
-    columns = {k: (np.array([v], dtype=object if isinstance(v, str) else None), COORD_ATTRS.get(k, {})) for k, v in facts.items()}
-    out = make_spectra(np.where(np.isfinite(flux), flux, 0.)[None], ivar[None], wavelength, [name], medium=medium[0], frame=frame[0],
-                       coords=columns, attrs=dict(medium_origin=medium[1], frame_origin=frame[1]))
+    if scale != 1: facts["flux_unit"] = f"{scale:g} {facts['flux_unit']}".strip()
+    facts |= dict(ivar_origin=origin, guess="; ".join(notes), spectrum_id=facts.get("spectrum_id") or spectrum_stem(path))
+    out = make_spectra(np.where(np.isfinite(flux), flux, 0.)[None], ivar[None], wavelength, [facts["spectrum_id"]], medium=medium[0], frame=frame[0],
+                       coords={k: ([v], COORD_ATTRS.get(k, {})) for k, v in facts.items() if k != "spectrum_id"}, attrs=dict(medium_origin=medium[1], frame_origin=frame[1]))
     out.ivar.attrs["origin"] = origin
     return out
 
@@ -382,9 +401,9 @@ def read_image_spectrum(
     return assemble(path, wave, flux, coords | dict(flux_unit=str(header.get("BUNIT", "")).strip()),
                     medium=medium or medium_of([header]), frame=frame or frame_of([header]), guesses=[*guesses, guess])
 
-# %% ../nbs/10_fits.ipynb #aa779cfb
+# %% ../nbs/10_fits.ipynb #903936fa
 def _has_named_rows(path, hdus):
-    return hdus is not None and hdus[0].is_image and len(hdus[0].shape) == 2 and str(hdus[0].header.get("EXTEN0", "")).lower().startswith("flux inverse")
+    return hdus is not None and hdus[0].is_image and len(hdus[0].shape) == 2 and str(first_card([hdus[0].header], ["EXTEN0"])).lower().startswith("flux inverse")
 
 def read_named_rows(
     path:str|Path,     # file
@@ -471,7 +490,7 @@ def identify(
     "Name of the reader that claims a file. Raises SpectrumError and its kinds."
     return _match(path, parse_fits(path, load_bytes(path, content))).name
 
-# %% ../nbs/10_fits.ipynb #c60fe03b
+# %% ../nbs/10_fits.ipynb #8b19d11c
 def _state(ds, key, value, allowed):
     "Replace what the reader found or guessed by what the user states."
     if value is None: return ds
@@ -492,6 +511,8 @@ def read_spectrum(
     reader = _match(path, hdus)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AstropyWarning)
-        ds = validate(reader.read(path, hdus))
+        try: ds = validate(reader.read(path, hdus))
+        except SpectrumError: raise
+        except Exception as exc: raise ReaderError(path, f"the reader {reader.name!r} failed with {type(exc).__name__}: {exc}", "if other programs read the file, report it") from exc
     ds = ds.assign_coords(reader=("spectrum", [reader.name]))
     return _state(_state(ds, "medium", medium, MEDIA), "frame", frame, FRAMES)
