@@ -142,12 +142,12 @@ def _title(spectrum):
     parts = [str(spectrum[name].item()) for name in ("object", "spectrum_id") if name in spectrum.coords]
     return " · ".join(dict.fromkeys(part for part in parts if part))
 
-# %% ../nbs/40_plots.ipynb #b9b47045
+# %% ../nbs/40_plots.ipynb #f34aacf2
 LINE_TOOLS = dict(backend="bokeh", responsive=True, default_tools=["save", "reset"], tools=["xpan", "xwheel_zoom", "box_zoom"],
                   active_tools=["box_zoom"], show_grid=True, gridstyle={"grid_line_alpha": 0.35})
 
-def _curve(x, y, color, dims, width=1.2, label=""):
-    return hv.Curve((x, y), *dims, label=label).opts(backend="bokeh", color=color, line_width=width)
+def _curve(x, y, dims, label, color, width=1.2):
+    return hv.Curve((x, y), *dims, label=label).opts(backend="bokeh", color=color, line_width=width, padding=(0, 0.06))
 
 def _spans(spans, x_range, n_most=300):
     if x_range is not None and None not in tuple(x_range):
@@ -155,10 +155,10 @@ def _spans(spans, x_range, n_most=300):
     widest = spans[np.argsort(spans[:, 0] - spans[:, 1])[:n_most]]
     return hv.VSpans(widest, kdims=["masked_from", "masked_to"]).opts(backend="bokeh", color=PALETTE["masked"], alpha=0.45, line_alpha=0)
 
-# %% ../nbs/40_plots.ipynb #4a4e0e29
+# %% ../nbs/40_plots.ipynb #7121bb3a
 def trace_panel(
     wavelength:xr.DataArray, # (wavelength,) [Angstrom]
-    lines,                   # name -> ((wavelength,) values, colour); or a function that returns this, asked at each drawing
+    lines,                   # name -> ((wavelength,) values, colour[, width]); or a function that returns this, asked at each drawing
     ylabel:str,              # name and unit of the values
     spans=(),                # (span, 2) shaded ranges [Angstrom]; or a function that returns them
     n_points:int=2000,       # points drawn per line
@@ -168,10 +168,10 @@ def trace_panel(
     "Lines over wavelength that are reduced to what the screen shows, anew at each zoom."
     grid = wavelength.values
     dims = hv.Dimension("wavelength", label=axis_label(wavelength, "Wavelength")), hv.Dimension(ylabel)
-    settings = LINE_TOOLS | dict(height=300, legend_position="top_right", legend_opts={"background_fill_alpha": 0.6}, xlabel=dims[0].label, ylabel=ylabel) | options
+    settings = LINE_TOOLS | dict(height=300, legend_position="top", legend_opts={"border_line_alpha": 0, "padding": 2, "label_text_font_size": "9pt"}, fontsize={"title": "10pt"}, padding=(0, 0.06), xlabel=dims[0].label, ylabel=ylabel) | options
     def draw(x_range, **_):
         now, ranges = (lines() if callable(lines) else lines), (spans() if callable(spans) else spans)
-        curves = [_curve(*reduce_line(grid, values, x_range, n_points), color, dims, label=name) for name, (values, color) in now.items()]
+        curves = [_curve(*reduce_line(grid, values, x_range, n_points), dims, name, *style) for name, (values, *style) in now.items()]
         return hv.Overlay([_spans(np.reshape(ranges, (-1, 2)), x_range), *curves]).opts(**settings)
     return hv.DynamicMap(draw, streams=[RangeX(), *streams])
 
@@ -275,7 +275,7 @@ def _sorted_nodes(table):
     table = table.assign(rank=table["latent"].map(order)).sort_values(["rank", "place"], ignore_index=True)
     return table.drop(columns=["place", "strength", "rank"])
 
-# %% ../nbs/40_plots.ipynb #98978605
+# %% ../nbs/40_plots.ipynb #9281e437
 def _matrix_view(association, statistic, dimensions, alpha, height, **options):
     if not association.sizes["latent"] * association.sizes["label"]:
         return empty_view("No pairs: the latents carry no labels. Join a label table (specnb.catalogue.join_labels), then run the analysis again.")
@@ -285,14 +285,14 @@ def _matrix_view(association, statistic, dimensions, alpha, height, **options):
     tips = [("node", "@node"), ("label", "@label"), (STATISTICS[statistic], "@value{0.000}"), ("interval", "@interval"), ("spectra", "@n"), ("groups", "@n_groups"), ("p", "@p{0.0000}"), ("q", "@q{0.0000}")]
     heat = hv.HeatMap(cells, ["label", "node"], fields).opts(
         backend="bokeh", tools=["hover", "tap"], hover_tooltips=tips, invert_yaxis=True, xrotation=35, height=height, responsive=True, colorbar=True,
-        toolbar=None, xlabel="", ylabel="", clabel=STATISTICS[statistic], line_color="white", title=_matrix_title(association, table, alpha),
+        toolbar=None, xlabel="", ylabel="", line_color="white", title=f"{STATISTICS[statistic]}; {_matrix_title(association, table, alpha)}", clabel=" ",
         clipping_colors={"NaN": MISSING}, fontsize={"title": "10pt"}, **options)
     return heat * _cell_text(table, statistic)
 
-# %% ../nbs/40_plots.ipynb #47992556
+# %% ../nbs/40_plots.ipynb #74cea669
 def _matrix_title(association, table, alpha):
     shown, folded = table["latent"].nunique(), association.sizes["latent"] - table["latent"].nunique()
-    return f"{shown} nodes" + (f", {folded} uninformative folded away" if folded else "") + f"; * marks q < {alpha:g}"
+    return f"{shown} nodes" + (f" ({folded} folded away)" if folded else "") + f"; * q < {alpha:g}"
 
 def _cell_words(table):
     few = table["label"].nunique() <= 12
@@ -400,7 +400,7 @@ def scatter_table(
     table = table.rename_axis("row").reset_index()
     return table[np.isfinite(table["x"].astype(float)) & np.isfinite(table["y"].astype(float))]
 
-# %% ../nbs/40_plots.ipynb #b8c9d19e
+# %% ../nbs/40_plots.ipynb #6ab513da
 def latent_scatter(
     latents:xr.Dataset,   # `mean` (spectrum, latent) and coordinates along spectrum
     x:int|str,            # node or coordinate
@@ -415,31 +415,32 @@ def latent_scatter(
     if not len(table): return empty_view(f"No spectrum has both {x} and {y}: choose other axes.")
     labels = {axis: axis_label(latent_column(latents, name)) if name is not None else "spectra" for axis, name in (("x", x), ("y", y), ("color", color))}
     dims = [hv.Dimension("x", label=labels["x"]), hv.Dimension("y", label=labels["y"])]
-    cloud = (_shaded if len(table) > n_points else _points)(table, dims, labels["color"], color is not None)
+    cloud = (_shaded if len(table) > n_points else _points)(table, dims, color is not None)
     layers = [cloud] + (_trend_layers(table, dims) if trend else [])
-    settings = LINE_TOOLS | dict(height=height, tools=["pan", "wheel_zoom", "box_zoom"], show_legend=False)
+    shade = "" if color is None and len(table) <= n_points else f"colour: {labels['color'] if color is not None else 'spectra per pixel'}"
+    settings = LINE_TOOLS | dict(height=height, tools=["pan", "wheel_zoom", "box_zoom"], show_legend=False, title=shade, fontsize={"title": "10pt"})
     return hv.Overlay(layers).collate().opts(**settings)
 
-# %% ../nbs/40_plots.ipynb #74cebc6a
+# %% ../nbs/40_plots.ipynb #3bc2eb5c
 def _categories(values):
     names = pd.Series(values).astype(str)
     common = names.value_counts().index[:len(CYCLE) - 1]
     return names.where(names.isin(common), "other").replace("", "none")
 
-def _points(table, dims, label, coloured):
+def _points(table, dims, coloured):
     style = dict(backend="bokeh", size=5, alpha=0.75, tools=["hover", "tap"], line_alpha=0)
     if not coloured: return hv.Points(table, dims, ["id"]).opts(color=PALETTE["moved"], **style)
-    vdims = [hv.Dimension("color", label=label), "id"]
+    vdims = ["color", "id"]
     if pd.api.types.is_numeric_dtype(table["color"]):
-        return hv.Points(table, dims, vdims).opts(color="color", cmap="viridis", colorbar=True, clabel=label, clipping_colors={"NaN": MISSING}, **style)
+        return hv.Points(table, dims, vdims).opts(color="color", cmap="viridis", colorbar=True, clabel=" ", clipping_colors={"NaN": MISSING}, **style)
     return hv.Points(table.assign(color=_categories(table["color"])), dims, vdims).opts(color="color", cmap=CYCLE, **style)
 
-def _shaded(table, dims, label, coloured):
+def _shaded(table, dims, coloured):
     numeric = coloured and pd.api.types.is_numeric_dtype(table["color"])
     points = hv.Points(table, dims, ["color"] if numeric else [])
     image = rasterize(points, aggregator="mean" if numeric else "count", **({"column": "color"} if numeric else {}))
     return dynspread(image, max_px=3, threshold=0.8).opts(
-        backend="bokeh", cmap="viridis", colorbar=True, cnorm="linear" if numeric else "log", clabel=label if numeric else "spectra per pixel", clipping_colors={"NaN": "transparent"})
+        backend="bokeh", cmap="viridis", colorbar=True, cnorm="linear" if numeric else "log", clabel=" ", clipping_colors={"NaN": "transparent"})
 
 # %% ../nbs/40_plots.ipynb #7967acfc
 def _trend_layers(table, dims):
@@ -580,7 +581,7 @@ def history_terms(
     nodes = [name for name in table if str(name).rpartition("_")[2].isdigit()]
     return table.drop(columns=nodes + [name for name in table if name in SCHEDULES]), table[nodes]
 
-# %% ../nbs/40_plots.ipynb #20546c3e
+# %% ../nbs/40_plots.ipynb #dffcac77
 def history_view(
     history:pd.DataFrame, # one row an epoch: `epoch` and numeric columns
     height:int=320,       # [pixel]
@@ -590,13 +591,13 @@ def history_view(
     terms, nodes = history_terms(history)
     panels = [_history_panel(terms, "Loss term", height, logy=True)]
     if nodes.shape[1]: panels.append(_history_panel(nodes, "KL of a node [nat]", height, logy=False))
-    return hv.Layout(panels).cols(2).opts(backend="bokeh", shared_axes=False)
+    return hv.Layout(panels).cols(len(panels)).opts(backend="bokeh", shared_axes=False, toolbar="right")
 
 def _history_panel(table, ylabel, height, logy):
     positive = table.where(table > 0) if logy else table
     curves = [hv.Curve((table.index, positive[name]), hv.Dimension("epoch", label="Epoch"), ylabel, label=str(name)).opts(
         backend="bokeh", color=CYCLE[i % len(CYCLE)], line_width=2, line_dash="solid" if i < len(CYCLE) else "dashed") for i, name in enumerate(table)]
-    settings = LINE_TOOLS | dict(height=height, logy=logy, legend_position="right", tools=["pan", "wheel_zoom", "box_zoom", "hover"])
+    settings = LINE_TOOLS | dict(height=height, logy=logy, legend_position="top_right", legend_opts={"background_fill_alpha": 0.6}, tools=["pan", "wheel_zoom", "box_zoom", "hover"])
     return hv.Overlay(curves).opts(**settings)
 
 # %% ../nbs/40_plots.ipynb #ed065cc9
