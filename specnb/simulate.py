@@ -216,14 +216,14 @@ def _complete(factors):
         if bad.any(): raise ValueError(f"simulate: {name} = {full[name][bad][0]} lies outside {low}..{high}, where this physics holds")
     return full
 
-# %% ../nbs/02_simulate.ipynb #882cd77c
+# %% ../nbs/02_simulate.ipynb #89ca2374
 def _fine_grid(wavelength):
     "(log start, step, n) of the working grid: at most 3 km/s and half a pixel, with 450 km/s to spare at both ends."
     if wavelength[0] < 3700 or wavelength[-1] > 7000: raise ValueError(f"simulate: the line list covers 3700-7000 Angstrom, not {wavelength[0]:.0f}-{wavelength[-1]:.0f}")
     margin = 450 / SPEED_OF_LIGHT
     step = np.clip(velocity_step(wavelength) / 2, 0.4, 3.0) / SPEED_OF_LIGHT
-    start = np.log(wavelength[0]) - margin
-    return start, step, fft.next_fast_len(int(np.ceil((np.log(wavelength[-1]) + margin - start) / step)), real=True)
+    start, stop = np.log(pixel_edges(wavelength)[[0, -1]]) + np.array([-margin, margin])
+    return start, step, fft.next_fast_len(int(np.ceil((stop - start) / step)), real=True)
 
 def _observe(factors, nuisance, grid, resolving_power, frame):
     "Noiseless counts on the working grid, (spectrum, pixel)."
