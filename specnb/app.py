@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PERCENTS', 'check_parts', 'Inspector', 'shown_nodes', 'rows_inside', 'row_at', 'inspector', 'serve']
 
-# %% ../nbs/41_app.ipynb #33c09bd6
+# %% ../nbs/41_app.ipynb #1f2fa706
 import ipaddress
 import socket
 import webbrowser
@@ -22,11 +22,10 @@ from matplotlib.path import Path as Outline
 from panel.viewable import Viewer
 from .plots import (
     CRITERIA, PALETTE, STATISTICS, correlation_matrix, dimensions_view, empty_view, history_view, information_matrix,
-    latent_column, latent_scatter, masked_spans, neighbour_view, node_name, scatter_table, trace_panel)
+    latent_scatter, masked_spans, neighbour_view, node_name, reduce_line, scatter_table, trace_panel)
 from .prep import prepare
 from .search import neighbours
 from .spectra import normalise
-from .traverse import response
 
 # %% ../nbs/41_app.ipynb #8fb21380
 def check_parts(
@@ -43,7 +42,7 @@ def check_parts(
     if wavelength is not None and made.shape != (1, len(wavelength)):
         raise ValueError(f"decode returns shape {made.shape}, but the grid has {len(wavelength)} pixels: take decoder and grid from the same bundle")
 
-# %% ../nbs/41_app.ipynb #1efaa7f6
+# %% ../nbs/41_app.ipynb #ffb7596d
 class Inspector(Viewer):
     "State and wiring of the latent inspector; shows itself in a notebook and has `.servable()`."
     row = param.Integer(default=0, doc="position of the chosen spectrum")
@@ -58,7 +57,7 @@ class Inspector(Viewer):
         check_parts(latents, decode, wavelength)
         self.latents, self.association, self.dimensions, self.decode = latents, association, dimensions, decode
         self.spectra, self.wavelength, self.recipe, self.history, self.title = spectra, wavelength, recipe, history, title
-        self.mean = latents["mean"].values.astype(float)
+        self.mean, self._drawn = latents["mean"].values.astype(float), {}
         self.places, self.nodes = {int(node): place for place, node in enumerate(latents["latent"].values)}, shown_nodes(latents, dimensions)
         first = int(np.flatnonzero(np.isfinite(self.mean).all(1))[0])
         super().__init__(row=first, code=self.mean[first].copy(), node=self.nodes[0], label=_first_label(association), **params)
@@ -89,7 +88,7 @@ def shown_nodes(
     order = [place for place in np.argsort(-width, kind="stable") if width[place] >= 0]
     return [int(names[place]) for place in order[:n_most]]
 
-# %% ../nbs/41_app.ipynb #b42f45b9
+# %% ../nbs/41_app.ipynb #950d0c3e
 @patch
 def choose(
     self:Inspector,
@@ -100,7 +99,7 @@ def choose(
     objects = self.latents["object"].values.astype(str) if "object" in self.latents.coords else ids
     found = np.flatnonzero(ids == str(name)) if str(name) in ids else np.flatnonzero(objects == str(name))
     if not len(found) and str(name).isdigit() and int(name) < len(ids): found = [int(name)]
-    if not len(found): self.message = f"No spectrum or object is called {str(name)[:60]!r}; an id looks like {ids[0]!r}."
+    if not len(found): self.message = f"No spectrum or object is called {str(name)[:60]!r}; an id looks like {str(ids[0])!r}."
     elif not np.isfinite(self.mean[found[0]]).all(): self.message = f"{ids[found[0]]} has NaN latents and cannot be decoded: choose another."
     else: self.param.update(row=int(found[0]), message="")
     return not self.message
@@ -132,7 +131,7 @@ def move(
     code[self.places[node]] = value
     self.param.update(code=code, node=node)
 
-# %% ../nbs/41_app.ipynb #9bd2a3f8
+# %% ../nbs/41_app.ipynb #24d1a5ed
 @patch
 def observed(
     self:Inspector,
@@ -149,14 +148,14 @@ def observed(
 @patch
 def decoded(
     self:Inspector,
-    code:np.ndarray, # (latent,)
-)->np.ndarray:       # (wavelength,) NaN if the decoder fails
-    "Decode one code; a failure becomes a message."
-    try: return np.asarray(self.decode(code[None].astype(np.float32)))[0]
+    codes:np.ndarray, # (n, latent)
+)->np.ndarray:        # (n, wavelength) NaN if the decoder fails
+    "Decode codes; a failure becomes a message."
+    try: return np.asarray(self.decode(codes.astype(np.float32)))
     except Exception as error: self.message = f"The decoder failed: {type(error).__name__}: {error}"
-    return np.full(len(self.wavelength), np.nan)
+    return np.full((len(codes), len(self.wavelength)), np.nan)
 
-# %% ../nbs/41_app.ipynb #c903ee6a
+# %% ../nbs/41_app.ipynb #a82ddb6b
 @patch
 def _at_rest(self:Inspector):
     "Lines of the chosen spectrum that do not depend on the sliders, kept until another is chosen."
@@ -167,17 +166,7 @@ def _at_rest(self:Inspector):
         self._rest = self.row, usable, self.decoded(self.mean[self.row]), spans
     return self._rest[1:]
 
-@patch
-def spectrum_lines(
-    self:Inspector,
-)->dict: # name -> ((wavelength,), colour)
-    "The lines of the slider view: observed, rebuilt, moved."
-    real, rebuilt, _ = self._at_rest()
-    nothing = np.full(len(self.wavelength), np.nan)
-    return {"observed": (nothing if real is None else real, PALETTE["flux"]),
-            "reconstruction": (rebuilt, PALETTE["reconstruction"], 2.4), "moved": (self.decoded(self.code), PALETTE["moved"])}
-
-# %% ../nbs/41_app.ipynb #04d1a396
+# %% ../nbs/41_app.ipynb #bc54b7ed
 @patch
 def node_scale(
     self:Inspector,
@@ -187,15 +176,45 @@ def node_scale(
     return float(np.nanstd(self.mean[:, self.places[node]])) or 1.0
 
 @patch
+def frame(
+    self:Inspector,
+)->dict: # "moved" and "response", each (wavelength,)
+    "What the code and the node in question look like now; kept until one of them changes."
+    key = self.node, self.code.tobytes()
+    if getattr(self, "_frame", (None,))[0] != key:
+        codes = np.tile(self.code, (3, 1))
+        codes[1:, self.places[self.node]] += np.array([-0.1, 0.1]) * self.node_scale(self.node)
+        moved, below, above = self.decoded(codes)
+        self._frame = key, {"moved": moved, "response": (above - below) / 0.2}
+    return self._frame[1]
+
+# %% ../nbs/41_app.ipynb #c4060831
+@patch
+def _at_rest(self:Inspector):
+    "What does not depend on the sliders, kept until another spectrum is chosen: observed, rebuilt, masked ranges."
+    if getattr(self, "_rest", (None,))[0] != self.row:
+        real = self.observed(self.row)
+        usable = np.full(len(self.wavelength), np.nan) if real is None else np.where(real["ivar"].values > 0, real["flux"].values, np.nan)
+        spans = np.empty((0, 2)) if real is None else masked_spans(real["wavelength"].values, real["ivar"].values)
+        self._rest = self.row, usable, self.decoded(self.mean[self.row][None])[0], spans
+    return self._rest[1:]
+
+@patch
+def spectrum_lines(
+    self:Inspector,
+)->dict: # name -> ((wavelength,), colour, width)
+    "The lines of the slider view: observed, rebuilt, moved."
+    real, rebuilt, _ = self._at_rest()
+    return {"observed": (real, PALETTE["flux"]), "reconstruction": (rebuilt, PALETTE["reconstruction"], 2.4), "moved": (self.frame()["moved"], PALETTE["moved"])}
+
+@patch
 def response_lines(
     self:Inspector,
 )->dict: # name -> ((wavelength,), colour)
-    "How the decoded spectrum changes with the node in question, per standard deviation of it."
-    try: change = response(self.decode, self.code, self.places[self.node], scale=self.node_scale(self.node)).values
-    except Exception as error: self.message, change = f"No response: {error}", np.full(len(self.wavelength), np.nan)
-    return {node_name(self.node): (change, PALETTE["accent"])}
+    "The change of the decoded spectrum with the node in question."
+    return {"response": (self.frame()["response"], PALETTE["accent"])}
 
-# %% ../nbs/41_app.ipynb #e8ff98ed
+# %% ../nbs/41_app.ipynb #bafcc01f
 @patch
 def slider_view(
     self:Inspector,
@@ -203,10 +222,24 @@ def slider_view(
     "Observed, rebuilt and moved spectrum, and the response to the node in question."
     if self.decode is None: return empty_view("No decoder: give `decode` (for a run: specnb.encode.decoder(bundle)) to see what the nodes do.")
     if self.wavelength is None: return empty_view("No wavelength grid: give `wavelength` or `spectra` to the inspector.")
-    spans = lambda: self._at_rest()[2]
-    above = trace_panel(self.wavelength, self.spectrum_lines, "Flux [median = 1]", spans, streams=[Params(self, ["code"])], height=400)
-    below = trace_panel(self.wavelength, self.response_lines, "Response [flux per std]", streams=[Params(self, ["code", "node"])], height=190)
-    return hv.Layout([above, below]).cols(1).opts(backend="bokeh", toolbar="right")
+    if not self._drawn: self.param.watch(lambda event: self.redraw_code(), "code")
+    watch = lambda names: Params(self, names)
+    remember = lambda name: [lambda plot, element: self._drawn.update({(name, id(plot)): plot})]
+    above = trace_panel(self.wavelength, self.spectrum_lines, "Flux [median = 1]", lambda: self._at_rest()[2], streams=[watch(["row"])], height=400, hooks=remember("moved"))
+    below = trace_panel(self.wavelength, self.response_lines, "Response [flux per std]", streams=[watch(["row", "node"])], height=190, hooks=remember("response"), show_legend=False)
+    self._ranges = {"moved": above.streams[0], "response": below.streams[0]}
+    return hv.Layout([above, below]).cols(1)
+
+@patch
+def redraw_code(
+    self:Inspector,
+)->None:
+    "Put the present code into the plots that are on the screen."
+    for (name, _), plot in self._drawn.items():
+        x, y = reduce_line(self.wavelength.values, self.frame()[name], self._ranges[name].x_range)
+        source = next(part.handles["source"] for part in plot.subplots.values() if part.current_frame.label == name)
+        source.data = {column: x if column == "wavelength" else y for column in source.data}
+        plot.push()
 
 # %% ../nbs/41_app.ipynb #f8ac92ac
 PERCENTS = np.linspace(0.5, 99.5, 199)

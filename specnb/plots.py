@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'CYCLE', 'MISSING', 'LINE_TOOLS', 'STATISTICS', 'SCHEDULES', 'CRITERIA', 'axis_label', 'empty_view',
-           'empty_figure', 'reduce_line', 'masked_spans', 'one_spectrum', 'spectrum_traces', 'trace_panel',
-           'spectrum_view', 'spectrum_figure', 'matrix_table', 'node_name', 'correlation_matrix', 'information_matrix',
-           'matrix_figure', 'latent_column', 'running_median', 'scatter_table', 'latent_scatter', 'scatter_figure',
-           'traversal_view', 'traversal_figure', 'neighbour_traces', 'neighbour_view', 'neighbour_figure',
-           'history_terms', 'history_view', 'history_figure', 'dimension_table', 'dimensions_view', 'dimensions_figure']
+           'StillFigure', 'empty_figure', 'reduce_line', 'masked_spans', 'one_spectrum', 'spectrum_traces',
+           'trace_panel', 'spectrum_view', 'spectrum_figure', 'matrix_table', 'node_name', 'correlation_matrix',
+           'information_matrix', 'matrix_figure', 'latent_column', 'running_median', 'scatter_table', 'latent_scatter',
+           'scatter_figure', 'traversal_view', 'traversal_figure', 'neighbour_traces', 'neighbour_view',
+           'neighbour_figure', 'history_terms', 'history_view', 'history_figure', 'dimension_table', 'dimensions_view',
+           'dimensions_figure']
 
-# %% ../nbs/40_plots.ipynb #b03bab66
+# %% ../nbs/40_plots.ipynb #441b1f33
+from io import BytesIO
 import holoviews as hv
 import holoviews.plotting.bokeh
 import numpy as np
@@ -60,9 +62,16 @@ def _wrapped(message, width=68):
         lines[-1] = f"{lines[-1]} {word}".strip()
     return lines
 
-# %% ../nbs/40_plots.ipynb #837c60cf
+# %% ../nbs/40_plots.ipynb #812bf3e0
+class StillFigure(Figure):
+    "A matplotlib figure that shows itself in a notebook, whatever backend is set."
+    def _repr_png_(self):
+        buffer = BytesIO()
+        self.savefig(buffer, format="png", facecolor="white", bbox_inches="tight")
+        return buffer.getvalue()
+
 def _figure(rows=1, columns=1, size=(7.2, 3.0), **kwargs):
-    figure = Figure(figsize=size, dpi=72, layout="constrained", facecolor="none")
+    figure = StillFigure(figsize=size, dpi=72, layout="constrained", facecolor="none")
     axes = figure.subplots(rows, columns, **kwargs)
     for ax in np.atleast_1d(axes).flat:
         ax.set_facecolor("none")
@@ -175,7 +184,7 @@ def trace_panel(
         return hv.Overlay([_spans(np.reshape(ranges, (-1, 2)), x_range), *curves]).opts(**settings)
     return hv.DynamicMap(draw, streams=[RangeX(), *streams])
 
-# %% ../nbs/40_plots.ipynb #241ad3c8
+# %% ../nbs/40_plots.ipynb #60da3385
 def spectrum_view(
     spectrum:xr.Dataset,            # (wavelength,) from `one_spectrum`
     reconstruction:np.ndarray=None, # (wavelength,) in the unit of the flux
@@ -190,8 +199,8 @@ def spectrum_view(
     panels = [trace_panel(grid, lines, axis_label(spectrum["flux"], "Flux"), spans, n_points, height=height, title=traces.title)]
     if reconstruction is not None:
         below = {"residual": (traces["residual"].values, PALETTE["residual"])}
-        panels.append(trace_panel(grid, below, "Residual [sigma]", spans, n_points, height=170))
-    return hv.Layout(panels).cols(1).opts(backend="bokeh", toolbar="right")
+        panels.append(trace_panel(grid, below, "Residual [sigma]", spans, n_points, height=170, show_legend=False))
+    return hv.Layout(panels).cols(1)
 
 # %% ../nbs/40_plots.ipynb #b93a4083
 def _still_lines(ax, wavelength, lines, spans=None, ylabel=""):
@@ -472,7 +481,7 @@ def scatter_figure(
     ax.set(xlabel=axis_label(latent_column(latents, x)), ylabel=axis_label(latent_column(latents, y)))
     return figure
 
-# %% ../nbs/40_plots.ipynb #5b6d88a2
+# %% ../nbs/40_plots.ipynb #0ba06479
 def traversal_view(
     traversal:xr.DataArray,      # (value, wavelength) from `specnb.traverse.traverse`
     response:xr.DataArray=None,  # (wavelength,) from `specnb.traverse.response`
@@ -485,8 +494,8 @@ def traversal_view(
     panels = [trace_panel(traversal["wavelength"], lines, axis_label(traversal, "Decoded flux"), height=height, title=title)]
     if response is not None:
         below = {"response": (response.values, PALETTE["accent"])}
-        panels.append(trace_panel(traversal["wavelength"], below, axis_label(response, "Response"), height=170))
-    return hv.Layout(panels).cols(1).opts(backend="bokeh", toolbar="right")
+        panels.append(trace_panel(traversal["wavelength"], below, axis_label(response, "Response"), height=170, show_legend=False))
+    return hv.Layout(panels).cols(1)
 
 # %% ../nbs/40_plots.ipynb #a950b38d
 def _ramp(values):
@@ -515,7 +524,7 @@ def traversal_figure(
     axes[-1].set_xlabel(axis_label(traversal["wavelength"], "Wavelength"))
     return figure
 
-# %% ../nbs/40_plots.ipynb #5112d134
+# %% ../nbs/40_plots.ipynb #03b5d4d5
 def neighbour_traces(
     spectra:xr.Dataset,      # (spectrum, wavelength) `flux`, `ivar`
     query:int|str,           # position or id of the query
@@ -526,7 +535,7 @@ def neighbour_traces(
     asked, others = _in_medians(one_spectrum(spectra, query)), {}
     for color, (_, row) in zip(CYCLE, neighbours.head(n_most).iterrows()):
         near = one_spectrum(spectra, str(row["spectrum_id"]))
-        others[f"{_title(near)} ({row['distance']:.2f})"] = (_in_medians(near), color)
+        others[f"{near['spectrum_id'].item()} ({row['distance']:.3g})"] = (_in_medians(near), color)
     differences = {name: (values - asked, color) for name, (values, color) in others.items()}
     return others | {"query": (asked, PALETTE["flux"])}, differences
 
@@ -535,7 +544,7 @@ def _in_medians(spectrum):
     middle = np.nanmedian(flux) if np.isfinite(flux).any() else 1.
     return flux / (middle if middle else 1.)
 
-# %% ../nbs/40_plots.ipynb #1b0ee5c0
+# %% ../nbs/40_plots.ipynb #12bddfad
 def neighbour_view(
     spectra:xr.Dataset,      # (spectrum, wavelength) `flux`, `ivar`
     query:int|str,           # position or id of the query
@@ -549,7 +558,7 @@ def neighbour_view(
     grid, title = spectra["wavelength"], f"Nearest to {_title(one_spectrum(spectra, query))}"
     panels = [trace_panel(grid, lines, "Flux [median = 1]", height=height, title=title),
               trace_panel(grid, differences, "Neighbour - query", height=190, show_legend=False)]
-    return hv.Layout(panels).cols(1).opts(backend="bokeh", toolbar="right")
+    return hv.Layout(panels).cols(1)
 
 # %% ../nbs/40_plots.ipynb #e01aef23
 def neighbour_figure(

@@ -197,12 +197,12 @@ def _document(title, facts, sections):
             f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1><div class='facts'>{facts}</div><nav>{links}</nav>"
             f"{''.join(sections)}</body></html>\n")
 
-# %% ../nbs/42_report.ipynb #1daa30cf
+# %% ../nbs/42_report.ipynb #12263f72
 def inspect_cells()->list: # (kind, source) of each cell, kind "markdown" or "code"
     "What stands in the inspect.ipynb of a run."
     return [
         ("markdown", "# Inspect this run\n\nRun all cells. The still figures come first; the live inspector is the last cell. This notebook must stay in its run folder, or name the folder in `open_run`."),
-        ("code", "import holoviews as hv\nimport matplotlib.pyplot as plt\nimport panel as pn\n"
+        ("code", "import holoviews as hv\nimport panel as pn\n"
                  "from specnb.plots import dimensions_figure, history_figure, matrix_figure, scatter_figure\nfrom specnb.run import findings, inspect_app, open_run\n\n"
                  "hv.extension(\"bokeh\", inline=True)\npn.extension(\"tabulator\", inline=True)\nrun = open_run(\".\")\nrun"),
         ("markdown", "## What the nodes follow\n\nThe best node of each label. q is the false-discovery rate: only rows with a small q are findings."),
