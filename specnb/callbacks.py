@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['beta_at', 'objective_terms', 'TermMetric', 'DisentangleCallback', 'EpochSeed', 'StopOnNaN']
 
-# %% ../nbs/23_callbacks.ipynb #06784ae6
+# %% ../nbs/23_callbacks.ipynb #afd7d6a7
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin
 from fastai.learner import Metric
 from fastcore.basics import patch
@@ -158,13 +158,14 @@ class EpochSeed(Callback):
         torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0]))
         self.dls.train.epoch = self.epoch
 
-# %% ../nbs/23_callbacks.ipynb #51386b4d
+# %% ../nbs/23_callbacks.ipynb #c4ad4d29
 class StopOnNaN(Callback):
     "Stops before a step with a loss that is not finite, and names the rows of the batch that look guilty."
     order = 42
 
     def after_loss(self):
         if not self.training or torch.isfinite(self.learn.loss): return
+        if hasattr(self.learn, "lr_finder"): raise CancelFitException
         flux, ivar = self.learn.xb[:2]
         weighed = (flux.abs()*ivar.clamp_min(0).sqrt()).amax(-1)
         worst = torch.argsort(torch.nan_to_num(weighed, nan=torch.inf), descending=True)[:5].tolist()

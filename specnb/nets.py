@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../nbs/21_nets.ipynb #f9d99eb7
+# %% ../nbs/21_nets.ipynb #ec58d1b9
 @dataclass(frozen=True)
 class NetConfig:
     "Everything that decides the layers of a network."
@@ -27,6 +27,7 @@ class NetConfig:
     frontend:str = "lines" # "lines": line residual and continuum; "flux": one channel, as it is
     lowpass:float | None = None # width of the low-pass of "lines" [pixel]; None: n_pixels / 128
     floor:float = 0.02 # smallest continuum that "lines" divides by [median flux]
+    continuum_weight:float = 4. # weight of a pixel of the continuum beside one of the lines
     channels:tuple = (32, 64, 64) # encoder channels
     kernels:tuple = (32, 9, 5) # encoder kernels [pixel]
     strides:tuple = (16, 4, 2) # encoder strides [pixel]
@@ -89,7 +90,7 @@ class FluxFrontEnd(nn.Module):
     )->torch.Tensor: # (batch, pixel) flux [median flux]
         return channels[:, 0]
 
-# %% ../nbs/21_nets.ipynb #1114c5fb
+# %% ../nbs/21_nets.ipynb #169a603a
 class LineFrontEnd(nn.Module):
     "Two channels: lines relative to a smooth continuum, and the logarithm of that continuum."
     n_channels = 2
@@ -98,9 +99,11 @@ class LineFrontEnd(nn.Module):
         n_pixels:int, # length of a spectrum
         lowpass:float, # standard deviation of the Gaussian low-pass [pixel]
         floor:float=0.02, # smallest continuum that is divided by [median flux]
+        continuum_weight:float=1., # weight of a pixel of the continuum beside one of the lines
     ):
         super().__init__()
         self.n_pixels, self.floor = n_pixels, floor
+        self.register_buffer("channel_weight", torch.tensor([[1.], [continuum_weight]]), persistent=False)
         self.n_fft = 2 ** math.ceil(math.log2(n_pixels + 4 * lowpass))
         frequency = torch.fft.rfftfreq(self.n_fft, dtype=torch.float64)
         self.register_buffer("response", torch.exp(-2 * (math.pi * lowpass * frequency)**2).float(), persistent=False)
@@ -125,7 +128,7 @@ def smooth(self:LineFrontEnd,
     near = both[1] > 1e-3
     return torch.where(near, both[0] / both[1].clamp_min(1e-3), 1.)
 
-# %% ../nbs/21_nets.ipynb #25880157
+# %% ../nbs/21_nets.ipynb #7b2350b7
 @patch
 def raw_channels(self:LineFrontEnd,
     flux:torch.Tensor, # (batch, pixel) flux [median flux]
@@ -136,9 +139,11 @@ def raw_channels(self:LineFrontEnd,
     flux = torch.where(valid, flux, 0.).float()
     continuum = self.smooth(flux, valid).clamp_min(self.floor)
     lines = (flux / continuum - 1).clamp(-3, 3)
-    return torch.stack((lines, continuum.log()), 1), valid
+    shape = continuum.log()
+    level = (shape * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)
+    return torch.stack((lines, shape - level), 1), valid
 
-# %% ../nbs/21_nets.ipynb #afca2d97
+# %% ../nbs/21_nets.ipynb #e2231a07
 @patch
 def forward(self:LineFrontEnd,
     flux:torch.Tensor, # (batch, pixel) flux [median flux]
@@ -148,15 +153,17 @@ def forward(self:LineFrontEnd,
     with torch.autocast(flux.device.type, enabled=False):
         raw, valid = self.raw_channels(flux, ivar)
         weight = valid[:, None].expand_as(raw).to(raw.dtype)
-        return (raw - self.centre) / self.scale[:, None] * weight, weight
+        return (raw - self.centre) / self.scale[:, None] * weight, weight * self.channel_weight
 
 @patch
 def inverse(self:LineFrontEnd,
     channels:torch.Tensor, # (batch, 2, pixel) what the decoder made
 )->torch.Tensor: # (batch, pixel) flux [median flux], 0 where no training spectrum has a measurement
     "From channels back to flux."
-    lines, log_continuum = (channels.float() * self.scale[:, None] + self.centre).unbind(1)
-    return (1 + lines) * log_continuum.clamp(-20, 20).exp() * self.coverage
+    lines, shape = (channels.float() * self.scale[:, None] + self.centre).unbind(1)
+    flux = (1 + lines) * shape.clamp(-20, 20).exp()
+    median = flux[:, self.coverage > 0].median(1, keepdim=True).values
+    return flux / median.clamp_min(1e-3) * self.coverage
 
 # %% ../nbs/21_nets.ipynb #44c60c0f
 @patch
@@ -180,7 +187,7 @@ def fit(self:LineFrontEnd,
     self.is_fitted.fill_(True)
     return self
 
-# %% ../nbs/21_nets.ipynb #759963e0
+# %% ../nbs/21_nets.ipynb #1b0ac4be
 class SpectrumNetwork(nn.Module):
     "A front end, an encoder to normal distributions, and a decoder."
     def __init__(self,
@@ -189,7 +196,7 @@ class SpectrumNetwork(nn.Module):
         super().__init__()
         self.config, self.precision = check_config(config), "float32"
         lowpass = config.n_pixels / 128 if config.lowpass is None else config.lowpass
-        self.frontend = LineFrontEnd(config.n_pixels, lowpass, config.floor) if config.frontend == "lines" else FluxFrontEnd()
+        self.frontend = LineFrontEnd(config.n_pixels, lowpass, config.floor, config.continuum_weight) if config.frontend == "lines" else FluxFrontEnd()
 
     def encode_channels(self, channels): raise NotImplementedError
     def decode_channels(self, z): raise NotImplementedError
