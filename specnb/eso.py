@@ -85,7 +85,7 @@ def eso_coordinates(
     out |= {name: np.nan for name in ("seeing", "humidity") if not out[name] >= 0}
     return out | dict(spectrum_id=eso_identifier(path, headers), exposure=exposure_of(path, headers))
 
-# %% ../nbs/11_eso.ipynb #f4256ccc
+# %% ../nbs/11_eso.ipynb #63ff5037
 def doubt(
     path:str|Path,    # file
     headers:Sequence, # its headers
@@ -95,16 +95,17 @@ def doubt(
     comments = [str(first_card([h], [k]) or "") for h in headers for k in h if k.startswith("QC_COMM")]
     notes = [f"pipeline: {c}" for c in comments if c.lower() not in ("", "none")]
     if ds.ivar.attrs["origin"] == "pipeline":
-        share = float((ds.flux*np.sqrt(ds.ivar) < -5).mean())
+        share = float((ds.flux.values*np.sqrt(ds.ivar.values) < -5).mean())
         if share > 1e-3: notes.append(f"flux below -5 sigma in {share:.1%} of the pixels")
     if fibre_of(path) == "B":
         kinds = str(first_card(headers, ["ESO DPR TYPE"]) or "").split(",")
         notes.append(f"fibre B: {kinds[1] if len(kinds) > 1 else 'not the object'}")
     return "; ".join(notes)
 
-# %% ../nbs/11_eso.ipynb #1dbbce33
+# %% ../nbs/11_eso.ipynb #390dacd8
 def _finish(path, headers, ds):
-    return ds.assign_coords(flag=("spectrum", [doubt(path, headers, ds)]))
+    flag = doubt(path, headers, ds)
+    return ds.assign_coords(flag=("spectrum", [flag])) if flag else ds
 
 # %% ../nbs/11_eso.ipynb #426e7b8a
 def _headers(hdus): return [h.header for h in hdus]
@@ -211,7 +212,7 @@ def spectrum_header(
     header["SPECSYS"] = {"barycentric": "BARYCENT", "topocentric": "TOPOCENT", "rest": "SOURCE"}[row.wavelength.attrs["frame"]]
     return header
 
-# %% ../nbs/11_eso.ipynb #254b45a7
+# %% ../nbs/11_eso.ipynb #a15f1336
 def write_adp(
     ds:xr.Dataset,         # one spectrum of a contract Dataset
     path:str|Path,         # file to write
@@ -225,11 +226,16 @@ def write_adp(
     estimated = row.ivar.attrs.get("origin") == "estimated"
     error = np.where((ivar > 0) & (not estimated), 1/np.sqrt(np.where(ivar > 0, ivar, 1)), np.nan)
     unit = str(row.flux_unit.item()) if "flux_unit" in row.coords else "adu"
-    columns = [fits.Column(n, f"{wave.size}{f}", unit=u, array=[a]) for n, f, u, a in [("WAVE", "D", "angstrom", wave), ("FLUX", "E", unit, flux), ("ERR", "E", unit, error), ("QUAL", "J", None, (ivar <= 0))]]
-    table = fits.BinTableHDU.from_columns(columns, name="SPECTRUM")
+    parts = dict(WAVE=(wave, ">f8", "angstrom"), FLUX=(flux, ">f4", unit), ERR=(error, ">f4", unit), QUAL=(ivar <= 0, ">i4", ""))
+    data = np.zeros(1, [(name, kind, wave.size) for name, (_, kind, _) in parts.items()])
+    for name, (values, *_) in parts.items(): data[name][0] = values
+    table = fits.BinTableHDU(data, name="SPECTRUM")
+    table.header.update({f"TUNIT{i + 1}": unit for i, (_, _, unit) in enumerate(parts.values()) if unit})
     air = row.wavelength.attrs["medium"] == "air"
     table.header.update(VOCLASS="SPECTRUM V2.0", NELEM=wave.size, OBJECT=primary.header.get("OBJECT", ""), TUCD1="em.wl;obs.atmos" if air else "em.wl", TUCD2="phot.flux.density;em.wl;src.net;meta.main")
-    fits.HDUList([primary, table]).writeto(path, overwrite=overwrite, checksum=True)
+    primary.header["EXTEND"] = True
+    with open(path, "wb" if overwrite else "xb") as f:
+        f.write((primary.header.tostring() + table.header.tostring()).encode("ascii") + data.tobytes() + bytes(-data.nbytes % 2880))
     return Path(path)
 
 # %% ../nbs/11_eso.ipynb #8d849174
