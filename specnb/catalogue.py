@@ -22,10 +22,9 @@ from scipy.spatial import cKDTree
 class CatalogueError(ValueError):
     "A label table cannot be read or joined: the message names the table, the column and the mend."
 
-# %% ../nbs/13_catalogue.ipynb #c574461c
+# %% ../nbs/13_catalogue.ipynb #7fccb9dc
 MISSING_WORDS = frozenset("|-|--|---|..|...|nan|NaN|NAN|null|NULL|None|NA|N/A|n/a|<NA>".split("|"))
 
-# %% ../nbs/13_catalogue.ipynb #4c667160
 def _numbers(cells, # (row,) text of one column
 ):
     "float64 (row,) with NaN for missing words if every other cell is a number, else None."
@@ -36,7 +35,7 @@ def _numbers(cells, # (row,) text of one column
     try: return np.array([np.nan if c in MISSING_WORDS else float(c) for c in cells], dtype=float)
     except ValueError: return None
 
-# %% ../nbs/13_catalogue.ipynb #1d3d13d3
+# %% ../nbs/13_catalogue.ipynb #6dab1c4d
 _SIGNED_NAME = re.compile(r"(fe|m|met|alpha|a)[\W_]?(h|fe|m)\]?$|metal|^rv|_rv|vel|vrad|berv|dec|pm|lat|glat|^b$|shift|offset|resid|log|colou?r|bis", re.I)
 
 def _is_suspect(value):
@@ -45,7 +44,6 @@ def _is_suspect(value):
     text = str(int(abs(value))) if float(value).is_integer() else f"{abs(value):.7g}"
     return set(text.replace(".", "")) == {"9"} and len(text.replace(".", "")) >= 3
 
-# %% ../nbs/13_catalogue.ipynb #137b9d75
 def find_sentinels(values:np.ndarray, # (row,) one numeric column
                    name:str="",       # name of the column: names of signed quantities keep their -1
 ) -> dict: # placeholder -> number of cells
@@ -271,7 +269,12 @@ def _near(ra, dec, years, stars, pm_ra, pm_dec, radius):
         if apart[j] <= radius: rows[i] = rows[i] + (int(row[j]),)
     return rows, separation
 
-# %% ../nbs/13_catalogue.ipynb #0c40d69a
+# %% ../nbs/13_catalogue.ipynb #6e5e007a
+def _as_clean(table):
+    "The table as `clean_table` gives it, whether it comes as file, astropy Table or DataFrame."
+    if isinstance(table, (str, Path)): return read_table(table)
+    return table if isinstance(table, pd.DataFrame) and "sentinels" in table.attrs else clean_table(table)
+
 def _match_text(ds, table, on, table_key, prefix):
     "Keys of the spectra, and per spectrum the table rows of the same key."
     if on not in ds.coords: raise CatalogueError(f"the spectra have no coordinate {on!r} to join on; they have {sorted(map(str, ds.coords))}")
@@ -321,12 +324,6 @@ def match_report(ds:xr.Dataset,      # spectra or latents with dimension `spectr
     report = pd.DataFrame({"spectrum_id": ids, "key": keys, "status": status, "table_rows": rows, "separation": separation})
     report.attrs.update(on=on, source=table.attrs["source"], offered=offered[:5])
     return report
-
-# %% ../nbs/13_catalogue.ipynb #719efd70
-def _as_clean(table):
-    "The table as `clean_table` gives it, whether it comes as file, astropy Table or DataFrame."
-    if isinstance(table, (str, Path)): return read_table(table)
-    return table if isinstance(table, pd.DataFrame) and "sentinels" in table.attrs else clean_table(table)
 
 # %% ../nbs/13_catalogue.ipynb #a9c28812
 def unmatched(report:pd.DataFrame, # from `match_report`
