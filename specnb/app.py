@@ -515,7 +515,7 @@ def _map_tab(self:Inspector):
     for widget in (x, y, color): widget.param.watch(redraw, "value")
     return pn.Column(pn.Row(x, y, color, clear, save, count), picture, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #9ff64870
+# %% ../nbs/41_app.ipynb #331aad30
 @patch
 def _training_tab(self:Inspector):
     if self.dimensions is None: bars = empty_view("No dimensions table: run specnb.dims.informative_nodes(latents), or `specnb analyse RUN`.")
@@ -524,7 +524,8 @@ def _training_tab(self:Inspector):
     there = [] if self.dimensions is None else [name for name in CRITERIA if name in self.dimensions]
     criterion = pn.widgets.Select(name="Criterion", options={CRITERIA[name]: name for name in there}, width=280)
     criterion.param.watch(lambda event: setattr(pane, "object", dimensions_view(self.dimensions, event.new)), "value")
-    return pn.Column(_pane(history_view(self.history)), criterion if there else None, pane, sizing_mode="stretch_width")
+    losses = pn.Row(*[_pane(part) for part in history_view(self.history)], sizing_mode="stretch_width")
+    return pn.Column(losses, criterion if there else None, pane, sizing_mode="stretch_width")
 
 def _safe(text): return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

@@ -11,7 +11,7 @@ __all__ = ['PALETTE', 'CYCLE', 'MISSING', 'LINE_TOOLS', 'STATISTICS', 'SCHEDULES
            'neighbour_figure', 'history_terms', 'history_view', 'history_figure', 'dimension_table', 'dimensions_view',
            'dimensions_figure']
 
-# %% ../nbs/40_plots.ipynb #441b1f33
+# %% ../nbs/40_plots.ipynb #1d3d4f48
 from io import BytesIO
 import holoviews as hv
 import holoviews.plotting.bokeh
@@ -23,6 +23,7 @@ from holoviews.streams import RangeX
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from PIL import Image
 from .depend import linfoot
 from tsdownsample import MinMaxDownsampler
 
@@ -62,13 +63,14 @@ def _wrapped(message, width=68):
         lines[-1] = f"{lines[-1]} {word}".strip()
     return lines
 
-# %% ../nbs/40_plots.ipynb #812bf3e0
+# %% ../nbs/40_plots.ipynb #ecbc4bdc
 class StillFigure(Figure):
     "A matplotlib figure that shows itself in a notebook, whatever backend is set."
     def _repr_png_(self):
-        buffer = BytesIO()
-        self.savefig(buffer, format="png", facecolor="white", bbox_inches="tight")
-        return buffer.getvalue()
+        full, small = BytesIO(), BytesIO()
+        self.savefig(full, format="png", facecolor="white")
+        Image.open(full).convert("RGB").quantize(96).save(small, format="png", optimize=True)
+        return small.getvalue()
 
 def _figure(rows=1, columns=1, size=(7.2, 3.0), **kwargs):
     figure = StillFigure(figsize=size, dpi=72, layout="constrained", facecolor="none")
