@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['traverse', 'node_scales', 'traversal', 'response', 'responses', 'doppler_template', 'shift_spectrum', 'doppler_score',
-           'shift_test', 'window_amplitude', 'identify_lines']
+           'shift_test', 'identify_lines', 'line_responses', 'excitation_trend']
 
 # %% ../nbs/33_traverse.ipynb #09156299
 import numpy as np
@@ -38,7 +38,7 @@ def _node_place(
     if node not in names: raise ValueError(f"no node {node!r}: this code has {names[0]!r} to {names[-1]!r} ({len(names)} nodes)")
     return names.index(node)
 
-# %% ../nbs/33_traverse.ipynb #92a12781
+# %% ../nbs/33_traverse.ipynb #e6123876
 def _decoded(
     decode, # callable (n, latent) -> (n, wavelength)
     codes:np.ndarray, # (n, latent)
@@ -52,7 +52,7 @@ def _decoded(
     if grid.shape != flux.shape[1:]: raise ValueError(f"wavelength has {grid.size} pixels, the decoded spectrum {flux.shape[1]}")
     return xr.DataArray(flux, dims=("value", "wavelength"), coords={"wavelength": ("wavelength", grid, dict(attrs))})
 
-
+# %% ../nbs/33_traverse.ipynb #27c266fb
 def traverse(
     decode, # callable (n, latent) -> (n, wavelength)
     z, # (latent,) code to start from; also a one-spectrum latents Dataset
@@ -80,7 +80,7 @@ def node_scales(
                            at=(("quantile", "latent"), np.nanquantile(z.values, quantiles, axis=0))),
                       coords={"latent": z["latent"].values, "quantile": list(quantiles)})
 
-# %% ../nbs/33_traverse.ipynb #55e84ef5
+# %% ../nbs/33_traverse.ipynb #22cb70f2
 def _spectrum_place(
     z:xr.DataArray, # (spectrum, latent)
     spectrum, # position or spectrum_id
@@ -92,7 +92,7 @@ def _spectrum_place(
     if len(where) != 1: raise ValueError(f"no spectrum_id {spectrum!r} among the latents")
     return int(where[0])
 
-
+# %% ../nbs/33_traverse.ipynb #3102b15e
 def traversal(
     decode, # callable (n, latent) -> (n, wavelength)
     latents, # latents Dataset, DataArray, DataFrame or array, (spectrum, latent)
@@ -174,7 +174,7 @@ def shift_spectrum(
     emitted = np.log(np.asarray(wavelength, float)) - np.log(doppler_factor(velocity))
     return CubicSpline(np.log(np.asarray(wavelength, float)), np.asarray(flux, float), extrapolate=False)(emitted)
 
-# %% ../nbs/33_traverse.ipynb #20c71c6a
+# %% ../nbs/33_traverse.ipynb #9a394df3
 def _slope(
     wavelength:np.ndarray, # (wavelength,) [Angstrom]
     flux:np.ndarray, # (wavelength,) decoded
@@ -187,7 +187,7 @@ def _slope(
     if power == 0 or size == 0: return 0.0, 0.0
     return template @ change / np.sqrt(power * size), template @ change / power
 
-
+# %% ../nbs/33_traverse.ipynb #10906b03
 def _grid_of(
     flux:xr.DataArray, # (..., wavelength)
     good=None, # (wavelength,) bool
@@ -198,7 +198,7 @@ def _grid_of(
     if good.shape != grid.shape: raise ValueError(f"good has {good.size} pixels, the spectrum {grid.size}")
     return grid, good
 
-# %% ../nbs/33_traverse.ipynb #9f909a66
+# %% ../nbs/33_traverse.ipynb #482db395
 def doppler_score(
     decode, # callable (n, latent) -> (n, wavelength)
     z, # (latent,) or (spectrum, latent) codes of real spectra; also a latents Dataset
@@ -219,13 +219,12 @@ def doppler_score(
         for j, node in enumerate(nodes):
             change = response(decode, code, node, step, wavelength=wavelength).values
             results[:, i, j] = _slope(grid, flux.values[0], change, usable)
-    out = {}
-    for name, values, unit in zip(("correlation", "velocity_per_unit"), results, ("", "km/s per latent unit")):
-        for suffix, q in (("", 0.5), ("_low", 0.05), ("_high", 0.95)):
-            out[name + suffix] = ("latent", np.quantile(values, q, axis=0), {"units": unit})
+    parts = zip(("correlation", "velocity_per_unit"), results, ("", "km/s per latent unit"))
+    out = {name + suffix: ("latent", np.quantile(values, q, axis=0), {"units": unit})
+           for name, values, unit in parts for suffix, q in (("", 0.5), ("_low", 0.05), ("_high", 0.95))}
     return xr.Dataset(out, coords={"latent": nodes}).assign_attrs(n_spectra=table.sizes["spectrum"], step=step)
 
-# %% ../nbs/33_traverse.ipynb #a25f5ac3
+# %% ../nbs/33_traverse.ipynb #77d34471
 def _best_shift(
     wavelength:np.ndarray, # (wavelength,) [Angstrom]
     start:np.ndarray, # (wavelength,) spectrum to be shifted
@@ -242,7 +241,7 @@ def _best_shift(
     change = np.sum((target[good] - start[good])**2)
     return (found.x, 1 - found.fun / change) if change > 0 else (0.0, np.nan)
 
-
+# %% ../nbs/33_traverse.ipynb #1134e3e8
 def shift_test(
     decode, # callable (n, latent) -> (n, wavelength)
     z, # (latent,) code of a real spectrum
@@ -265,31 +264,28 @@ def shift_test(
     return xr.Dataset(dict(velocity=("offset", found[:, 0], {"units": "km/s"}), explained=("offset", found[:, 1])), coords={"offset": offsets}).assign_attrs(
         node=node, velocity_per_unit=float(slope), nonlinearity=float(np.sqrt(np.mean((found[:, 0] - slope * offsets)**2))))
 
-# %% ../nbs/33_traverse.ipynb #01d13961
-def window_amplitude(
-    wavelength:np.ndarray, # (wavelength,) [Angstrom]
-    change:np.ndarray, # (wavelength,) response
-    width:float, # half width of the window [km/s]
-)->tuple: # ln wavelength (pixel,) uniform, ln amplitude (pixel,)
-    "Log of the root mean square response in a moving window, on a grid uniform in ln wavelength."
+# %% ../nbs/33_traverse.ipynb #369a86ca
+def _window_amplitude(
+    wavelength:np.ndarray, change:np.ndarray, # (wavelength,) [Angstrom]; response
+    width:float, trend:float, # half widths of the window and of the running level [km/s]
+)->tuple: # ln wavelength (pixel,) uniform, ln amplitude less its running level (pixel,)
     log_wavelength = np.log(wavelength)
     step = np.median(np.diff(log_wavelength))
     grid = np.arange(log_wavelength[0], log_wavelength[-1] + 0.5 * step, step)
-    power = uniform_filter1d(np.interp(grid, log_wavelength, change**2), 2 * int(round(width / SPEED_OF_LIGHT / step)) + 1)
-    return grid, 0.5 * np.log(np.maximum(power, 1e-6 * power.mean()) if power.mean() > 0 else np.ones(len(grid)))
+    def window(half): return 2 * int(round(half / SPEED_OF_LIGHT / step)) + 1
+    power = uniform_filter1d(np.interp(grid, log_wavelength, change**2), window(width))
+    if power.mean() == 0: return grid, np.zeros(len(grid))
+    amplitude = 0.5 * np.log(np.maximum(power, 1e-6 * power.mean()))
+    return grid, amplitude - uniform_filter1d(amplitude, min(window(trend), 2 * (len(grid) // 2) - 1), mode="reflect")
 
 
 def _line_statistics(
     grid:np.ndarray, amplitude:np.ndarray, # (pixel,) ln wavelength and ln amplitude
-    lines:np.ndarray, # (line,) ln wavelength
+    lines:np.ndarray, # (line,) ln wavelength, inside the grid
     offsets:np.ndarray, # (draw,) shifts of the list
-)->np.ndarray: # (draw,) mean ln amplitude over lines inside the grid; NaN if none is
-    step, out = grid[1] - grid[0], np.full(len(offsets), np.nan)
-    for i, offset in enumerate(offsets):
-        place = np.rint((lines + offset - grid[0]) / step).astype(int)
-        place = place[(place >= 0) & (place < len(grid))]
-        if len(place): out[i] = amplitude[place].mean()
-    return out
+)->np.ndarray: # (draw,) mean ln amplitude over lines; a line that leaves the grid comes in at the other end
+    places = np.rint((lines + offsets[:, None] - grid[0]) / (grid[1] - grid[0])).astype(int)
+    return amplitude[places % len(grid)].mean(1)
 
 # %% ../nbs/33_traverse.ipynb #752d4c4b
 def _checked_lines(
@@ -306,7 +302,7 @@ def _checked_lines(
     if not len(inside): raise ValueError(f"no line of the list lies within {grid[0]:.1f}-{grid[-1]:.1f} Angstrom")
     return inside
 
-# %% ../nbs/33_traverse.ipynb #a2ace18e
+# %% ../nbs/33_traverse.ipynb #98af938c
 def identify_lines(
     response:xr.DataArray, # (wavelength,) of `response`, wavelength in Angstrom
     lines:pd.DataFrame, # line list: `wavelength` [Angstrom] at rest, and the column `by`
@@ -315,8 +311,7 @@ def identify_lines(
     velocity:float=0.0, # of the lines in the spectrum's frame: the star's, or minus the berv for tellurics [km/s]
     width:float|None=None, # half width of the window [km/s]; None = two pixels, at least 3 km/s
     max_offset:float=3000.0, # largest random shift of a list [km/s]
-    min_lines:int=3, # fewer are flagged
-    n_permutations:int=999, seed:int=0,
+    min_lines:int=3, n_permutations:int=999, seed:int=0, # fewer lines are flagged; random shifts
 )->pd.DataFrame: # index by: n_lines, ratio, z, p, q, p_family, mean_response, flag; strongest first
     "Which species' lines a response prefers, against the same lists moved by random velocities."
     lines, grid = _checked_lines(lines, by, response), response["wavelength"].values
@@ -324,7 +319,7 @@ def identify_lines(
     if max_offset < 6 * width: raise ValueError(f"max_offset {max_offset} km/s leaves no room beside windows of {width:.1f} km/s: raise it")
     rng = np.random.default_rng([33, seed])
     draws = rng.uniform(3 * width, max_offset, n_permutations) * rng.choice([-1, 1], n_permutations) / SPEED_OF_LIGHT
-    pixels, amplitude = window_amplitude(grid, response.values, width)
+    pixels, amplitude = _window_amplitude(grid, response.values, width, max_offset / 3)
     centre, statistics, rows = np.log(doppler_factor(velocity)), [], {}
     for name, part in lines.groupby(by):
         place = np.log(part["wavelength"].to_numpy(float)) + centre
@@ -333,19 +328,54 @@ def identify_lines(
     table = pd.DataFrame(rows).T.rename_axis(by).astype(dict(n_lines=int))
     return _line_table(table, np.array(statistics), min_lines)
 
-# %% ../nbs/33_traverse.ipynb #e3ce9468
+# %% ../nbs/33_traverse.ipynb #18235c71
 def _line_table(
     table:pd.DataFrame, # n_lines, mean_response
     statistics:np.ndarray, # (species, draw), the first draw is the observed one
     min_lines:int, # fewer are flagged
 )->pd.DataFrame: # completed
     observed, null = statistics[:, :1], statistics[:, 1:]
-    mean, spread = np.nanmean(null, 1, keepdims=True), np.nanstd(null, 1, keepdims=True)
+    mean, spread = null.mean(1, keepdims=True), null.std(1, keepdims=True)
     z = (statistics - mean) / np.where(spread > 0, spread, np.inf)
-    valid = np.isfinite(null).sum(1)
-    p = (1 + np.sum(null >= observed - 1e-12, axis=1)) / (1 + valid)
-    largest = np.nanmax(z[:, 1:], axis=0)
-    family = (1 + np.sum(largest[None] >= z[:, :1] - 1e-12, axis=1)) / (1 + null.shape[1])
+    p = (1 + np.sum(null >= observed - 1e-12, axis=1)) / statistics.shape[1]
+    largest = z[:, 1:].max(0)
+    family = (1 + np.sum(largest[None] >= z[:, :1] - 1e-12, axis=1)) / statistics.shape[1]
     flag = np.where(table.n_lines < min_lines, f"fewer than {min_lines} lines", "")
     table = table.assign(ratio=np.exp(observed - mean)[:, 0], z=z[:, 0], p=p, q=benjamini_hochberg(p), p_family=np.maximum(family, p), flag=flag)
     return table[["n_lines", "ratio", "z", "p", "q", "p_family", "mean_response", "flag"]].sort_values("z", ascending=False)
+
+# %% ../nbs/33_traverse.ipynb #02ecf839
+def line_responses(
+    response:xr.DataArray, # (wavelength,) of `response`
+    flux, # (wavelength,) decoded flux at the same code
+    lines:pd.DataFrame, # line list with `wavelength` [Angstrom] and `species`
+    *,
+    velocity:float=0.0, # of the lines in the spectrum's frame [km/s]
+    min_depth:float=0.02, # shallower lines are left out
+)->pd.DataFrame: # the lines with depth, response and relative (response over depth), strongest first
+    "What a node does to each line of a list; `ValueError` if no line is deep enough."
+    lines, grid = _checked_lines(lines, "species", response), response["wavelength"].values
+    flux = np.asarray(flux, float).squeeze()
+    if flux.shape != grid.shape: raise ValueError(f"flux has shape {flux.shape}, the response {grid.shape}")
+    seen = lines["wavelength"].to_numpy(float) * doppler_factor(velocity)
+    depth = 1 - np.interp(seen, grid, flux) / np.quantile(flux, 0.9)
+    table = lines.assign(depth=depth, response=np.interp(seen, grid, response.values))
+    table = table[depth >= min_depth]
+    if not len(table): raise ValueError(f"no line is deeper than {min_depth}: is the velocity right, and the medium?")
+    return table.assign(relative=table.response / table.depth).sort_values("response", key=np.abs, ascending=False, ignore_index=True)
+
+# %% ../nbs/33_traverse.ipynb #2e53fb56
+def excitation_trend(
+    table:pd.DataFrame, # of `line_responses`, from a line list with the column `excitation`
+    by:str="species", excitation:str="excitation", # columns: what is judged apart; energy [eV]
+    min_lines:int=8, n_permutations:int=999, seed:int=0,
+)->pd.DataFrame: # index by: n_lines, spearman, p; species with fewer lines are left out
+    "Rank correlation of the relative response with the excitation energy, within each species."
+    if excitation not in table: raise ValueError(f"the line list has no column {excitation!r} [eV]")
+    rng, rows = np.random.default_rng([34, seed]), {}
+    for name, part in table.groupby(by):
+        if len(part) < min_lines: continue
+        x, y = (rankdata(part[c]) - (len(part) + 1) / 2 for c in (excitation, "relative"))
+        null = np.array([rng.permutation(x) @ y for _ in range(n_permutations)])
+        rows[name] = dict(n_lines=len(part), spearman=x @ y / np.sqrt((x @ x) * (y @ y)), p=(1 + np.sum(np.abs(null) >= abs(x @ y) - 1e-9)) / (1 + n_permutations))
+    return pd.DataFrame(rows, index=["n_lines", "spearman", "p"]).T.astype(dict(n_lines=int)).rename_axis(by)
