@@ -23,11 +23,11 @@ from astropy.table import Table
 from tqdm import tqdm
 from .catalogue import normalise_name
 
-# %% ../nbs/14_archive.ipynb #2b86ac54
+# %% ../nbs/14_archive.ipynb #9dc80f05
 ESO_TAP = "https://archive.eso.org/tap_obs"                  # observations, raw and reduced
 ESO_FILES = "https://dataportal.eso.org/dataPortal/file/"    # + id of a product
 
-class ArchiveError(RuntimeError):
+class ArchiveError(OSError):
     "The archive cannot be searched, or a file of it cannot be used: the message names the address or file and the mend."
 
 # %% ../nbs/14_archive.ipynb #5ba6271d
