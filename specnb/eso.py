@@ -238,7 +238,7 @@ def write_adp(
         f.write((primary.header.tostring() + table.header.tostring()).encode("ascii") + data.tobytes() + bytes(-data.nbytes % 2880))
     return Path(path)
 
-# %% ../nbs/11_eso.ipynb #8d849174
+# %% ../nbs/11_eso.ipynb #7aafce45
 def write_s1d(
     ds:xr.Dataset,         # one spectrum of a contract Dataset on an even wavelength grid
     path:str|Path,         # file to write
@@ -248,7 +248,7 @@ def write_s1d(
     row, header = _one(ds), spectrum_header(ds)
     wave, steps = row.wavelength.values, np.diff(row.wavelength.values)
     if np.ptp(steps) > 1e-3*steps[0]: raise ValueError(f"an s1d image needs an even wavelength grid, the step varies from {steps.min():.6f} to {steps.max():.6f} Angstrom: resample with specnb.wave.resample, or use write_adp")
-    start = fits.Header({"CRPIX1": 1., "CRVAL1": wave[0], "CDELT1": (wave[-1] - wave[0])/(wave.size - 1), "CTYPE1": "Angstrom", "BUNIT": "Relative Flux"})
+    start = fits.Header({"CRPIX1": 1., "CRVAL1": wave[0], "CDELT1": (wave[-1] - wave[0])/(wave.size - 1), "CTYPE1": "Angstrom", "CUNIT1": "Angstrom", "BUNIT": "adu"})
     start.update(header)
     start["AIRORVAC"], start["ARCFILE"] = row.wavelength.attrs["medium"], f"{row.spectrum_id.item()}.fits"
     start["HIERARCH ESO DRS VERSION"] = "specnb"

@@ -167,28 +167,32 @@ print("done", flush=True)
 """
 
 
-def kill_often(night, folder, n_kills, rng):
-    "Start, kill -9 after a random time, start again; the number of kills that met a running ingest."
+def kill_often(night, folder, n_kills, rng, expected):
+    "Start, kill -9 after a random time, start again; a finished store is compared and begun anew. The number of kills that met a running ingest."
     met = 0
     for _ in range(n_kills):
         process = run(SLOW, night, folder / "n.zarr")
         assert process.stdout.readline() == "ready\n"
         time.sleep(rng.uniform(.02, .5))
         os.killpg(process.pid, signal.SIGKILL)
-        met += "done" not in process.communicate()[0]
-        if (folder / "n.manifest.jsonl").exists() and (folder / "n.zarr" / "zarr.json").exists(): validate(open_store(folder / "n.zarr"))
+        met += (running := "done" not in process.communicate()[0])
+        if (folder / "n.zarr" / "zarr.json").exists(): validate(open_store(folder / "n.zarr"))
+        if not running:
+            assert digest(folder / "n.zarr") == expected
+            shutil.rmtree(folder)
+            folder.mkdir()
     return met
 
 
-@pytest.mark.parametrize("n_kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_killed_at_random_moments_the_same_call_ends_with_the_same_bytes(night, tmp_path, n_kills, rng):
     (tmp_path / "a").mkdir(); (tmp_path / "b").mkdir()
     ingest(night, tmp_path / "a" / "n.zarr", chunk_rows=5, progress=False)
-    met = kill_often(night, tmp_path / "b", n_kills, rng)
+    expected = digest(tmp_path / "a" / "n.zarr")
+    met = kill_often(night, tmp_path / "b", n_kills, rng, expected)
     report = ingest(night, tmp_path / "b" / "n.zarr", chunk_rows=5, progress=False)
-    assert met >= 1 and report.n_rows == 30 and names(report) == BAD
-    assert digest(tmp_path / "a" / "n.zarr") == digest(tmp_path / "b" / "n.zarr")
+    assert met >= n_kills // 2 and report.n_rows == 30 and names(report) == BAD and digest(tmp_path / "b" / "n.zarr") == expected
     assert (tmp_path / "a" / "n.refusals.csv").read_bytes() == (tmp_path / "b" / "n.refusals.csv").read_bytes()
 
 
