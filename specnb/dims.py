@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['RATE_CUT', 'SIGNAL_CUT', 'TAIL_CUT', 'JITTER_CUT', 'LOSS_FLOOR', 'ICC_CUT', 'weighted_quantile', 'node_statistics',
            'dead_cut', 'effective_rank', 'shuffle_loss', 'node_votes', 'consensus', 'intraclass_correlation',
-           'informative_nodes']
+           'variance_shares', 'beyond_labels', 'informative_nodes']
 
-# %% ../nbs/31_dims.ipynb #458942a2
+# %% ../nbs/31_dims.ipynb #3df8f492
 import numpy as np
 import xarray as xr
 from scipy.stats import f as fisher_f
+from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from .depend import group_codes, label_table, latent_table, make_units, row_weights
+from .depend import _as_number, group_codes, label_table, latent_table, make_units, row_weights
 
 # %% ../nbs/31_dims.ipynb #1469e6cc
 def weighted_quantile(
@@ -169,6 +171,76 @@ def intraclass_correlation(
     bounds = {"icc": ratio, "icc_low": ratio / fisher_f.ppf(1 - tail, *freedom), "icc_high": ratio / fisher_f.ppf(tail, *freedom)}
     return xr.Dataset({name: ("latent", icc(f)) for name, f in bounds.items()}, {"latent": table.latent.values}, dict(n_groups=len(size), n=n, level=level))
 
+# %% ../nbs/31_dims.ipynb #81002551
+def variance_shares(
+    latents, # latents Dataset or table (spectrum, latent)
+    star, # coordinate name or (spectrum,) array
+    night, # coordinate name or (spectrum,) array
+    *, n_bootstrap:int=400, level:float=0.9, seed:int=0, # resampling of stars; of the intervals
+)->xr.Dataset: # over (latent, part) with part star, night, exposure: share, share_low, share_high
+    "Shares of a node's variance that belong to the star, to the night of a star, and to the exposure; ValueError when pairs are lacking."
+    table = latent_table(latents)
+    pairs = _pair_products(table.values.astype(float), group_codes(table, star), group_codes(table, night))
+    if any(np.isnan(p).all() for p in pairs[:2]): raise ValueError("no star was seen on two nights, or none twice in one night: shares cannot be told apart")
+    def shares(rows):
+        different, same, total = (np.nanmean(p[rows], axis=0) for p in pairs)
+        return np.stack([different, same - different, total - same], -1) / np.where(total > 0, total, np.nan)[:, None]
+    n, rng = len(pairs[2]), np.random.default_rng(seed)
+    usable = np.isfinite(pairs[0][:, 0]) | np.isfinite(pairs[1][:, 0])
+    again = np.stack([shares(np.r_[rng.integers(0, n, n), rng.choice(np.flatnonzero(usable))]) for _ in range(n_bootstrap)])
+    low, high = np.nanquantile(again, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return xr.Dataset({"share": (("latent", "part"), shares(np.arange(n))), "share_low": (("latent", "part"), low), "share_high": (("latent", "part"), high)},
+                      {"latent": table.latent.values, "part": ["star", "night", "exposure"]}, dict(n_stars=n))
+
+# %% ../nbs/31_dims.ipynb #916f281c
+def _pair_products(
+    values:np.ndarray, # (row, latent)
+    star:np.ndarray, night:np.ndarray, # (row,) group numbers
+)->tuple: # three (star, latent): mean product of pairs on different nights, on the same night, mean square
+    "Mean products of pairs of exposures of each star, about the mean over stars; NaN where a star has no such pair."
+    stars, star = np.unique(star, return_inverse=True)
+    cells, cell = np.unique(np.stack([star, night]), axis=1, return_inverse=True)
+    add = lambda index, what, n: np.stack([np.bincount(index, c, n) for c in what.T], 1)
+    count, cell_count = np.bincount(star, minlength=len(stars))[:, None], np.bincount(cell.ravel(), minlength=cells.shape[1])[:, None]
+    values = values - (add(star, values, len(stars)) / count).mean(0)
+    square, total = add(star, values**2, len(stars)), add(star, values, len(stars)) ** 2
+    in_cells = add(cells[0], add(cell.ravel(), values, cells.shape[1]) ** 2, len(stars))
+    cell_pairs = add(cells[0], cell_count**2, len(stars))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (total - in_cells) / (count**2 - cell_pairs), (in_cells - square) / (cell_pairs - count), square / count
+
+# %% ../nbs/31_dims.ipynb #f4a0f5b6
+def _remainder(
+    values:np.ndarray, # (row,)
+    predicted:np.ndarray, # (row,) held-out predictions
+)->np.ndarray: # (row,)
+    "What a prediction leaves, after scaling it by its held-out slope, between 0 and 1."
+    values, predicted = values - values.mean(), predicted - predicted.mean()
+    slope = (values @ predicted) / max(predicted @ predicted, 1e-300)
+    return values - np.clip(slope, 0, 1) * predicted
+
+# %% ../nbs/31_dims.ipynb #377ae160
+def beyond_labels(
+    latents, # latents Dataset or table (spectrum, latent)
+    labels=None, # as in `specnb.depend.association`
+    *, groups, # coordinate name or (spectrum,) array: stars, held out together
+    n_folds:int=5, level:float=0.9, seed:int=0, # cross-validation; of the interval
+)->xr.Dataset: # over latent: r2 (held out), icc of the remainder with interval, unexplained, beyond
+    "What remains of every node after the labels, and whether it repeats from exposure to exposure of a star."
+    table = latent_table(latents)
+    codes = group_codes(table, groups)
+    rows = np.flatnonzero((codes >= 0) & np.isfinite(table.values).all(1))
+    known = np.stack([_as_number(v)[0] for v in label_table(table, labels).values()], 1)[rows]
+    values, remainder = table.values[rows].astype(float), np.empty((len(rows), table.sizes["latent"]))
+    folds = list(GroupKFold(min(n_folds, len(np.unique(codes[rows])))).split(known, groups=codes[rows]))
+    for a in range(values.shape[1]):
+        tree = HistGradientBoostingRegressor(max_iter=100, min_samples_leaf=min(20, max(2, len(rows) // 50)), random_state=seed)
+        remainder[:, a] = _remainder(values[:, a], cross_val_predict(tree, known, values[:, a], cv=folds))
+    owner = intraclass_correlation(remainder, codes[rows], level)
+    r2 = 1 - remainder.var(0) / np.maximum(values.var(0), 1e-300)
+    out = {"r2": ("latent", r2), "unexplained": ("latent", (1 - r2) * owner.icc.values), "beyond": ("latent", owner.icc_low.values > 0)}
+    return xr.Dataset(out | {n: ("latent", v.values) for n, v in owner.data_vars.items()}, {"latent": table.latent.values}, owner.attrs)
+
 # %% ../nbs/31_dims.ipynb #d3ff58eb
 def informative_nodes(
     latents, # latents Dataset (`mean`, `sigma`), or table (spectrum, latent) such as PCA scores
@@ -221,7 +293,7 @@ def _replicates(
         draws.append({name: point[name] + scale * (v - point[name]) for name, v in s.items()})
     return {name: np.array([d[name] for d in draws]) for name in point}
 
-# %% ../nbs/31_dims.ipynb #68d21a5f
+# %% ../nbs/31_dims.ipynb #44b29021
 def _report(
     nodes:np.ndarray, # (latent,) names
     statistics:dict, # name -> (latent,)
@@ -231,12 +303,10 @@ def _report(
 )->xr.Dataset: # over latent
     "Statistics, intervals, votes and consensus as one Dataset."
     votes = node_votes(statistics, rank, cut)
-    yes = consensus(votes, statistics)
+    yes, tail, out = consensus(votes, statistics), (1 - level) / 2, dict(statistics)
     n = len(next(iter(replicates.values())))
     each = [{name: v[r] for name, v in replicates.items()} | fixed for r in range(n)]
     again = np.array([consensus(node_votes(s, rank, cut), s) for s in each]) if n else yes[None]
-    tail = (1 - level) / 2
-    out = dict(statistics)
     for name, v in replicates.items() if n else ():
         out[f"{name}_low"], out[f"{name}_high"] = np.quantile(v, [tail, 1 - tail], axis=0)
     out.update(active=statistics["active_units"] > 0.01, mad_paper=statistics["mad"] > 0.02, mad_calibrated=statistics["mad"] > cut)
