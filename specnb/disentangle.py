@@ -216,19 +216,19 @@ def _mig_dataset(
                 n_groups=("factor", n_groups), flag=("factor", flag))
     return xr.Dataset(out, coords={"latent": names, "factor": y.factor.values})
 
-# %% ../nbs/32_disentangle.ipynb #8dccea9b
+# %% ../nbs/32_disentangle.ipynb #67bd0381
 def _regressor(
     model:str, # "lasso" or "forest"
     n_folds:int, # for the penalty of the lasso
-    n_trees:int, seed:int, # of the forest
+    n_trees:int, seed:int, n_rows:int, # of the forest; a tree grows on 1,000 rows at most
 ): # an unfitted regressor; scikit-learn is imported here, for it takes a second and consumes `random` numbers
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.linear_model import LassoCV
     if model == "lasso": return LassoCV(alphas=np.geomspace(1e-3, 1, 13), cv=n_folds, max_iter=5000)
-    if model == "forest": return RandomForestRegressor(n_trees, min_samples_leaf=5, random_state=seed, n_jobs=1)
+    if model == "forest": return RandomForestRegressor(n_trees, min_samples_leaf=5, max_samples=min(1.0, 1000 / n_rows), random_state=seed, n_jobs=1)
     raise ValueError(f"unknown importance model {model!r}: use 'lasso' or 'forest'")
 
-# %% ../nbs/32_disentangle.ipynb #97557a03
+# %% ../nbs/32_disentangle.ipynb #ffdcdf45
 def _standard(
     values:np.ndarray, # (row, ...) 
 )->np.ndarray: # zero mean and unit spread along rows; zeros for a constant
@@ -244,13 +244,14 @@ def importance_matrix(
     n_trees:int=50, n_draws:int=3, seed:int=0, # of the forest; draws of one spectrum a group
 )->np.ndarray: # (latent, factor), 0 or more; NaN for a constant factor or fewer than 10 groups
     "Importance of every node for every factor, on standardised nodes and factors, one spectrum a group."
-    fit, out = _regressor(model, 5, n_trees, seed), np.full((z.shape[1], y.shape[1]), np.nan)
+    out = np.full((z.shape[1], y.shape[1]), np.nan)
+    _regressor(model, 5, n_trees, seed, 1)
     for j, column in enumerate(y.T):
         known = np.flatnonzero(np.isfinite(column) & np.isfinite(z).all(1))
         if len(np.unique(codes[known])) < 10 or np.ptp(column[known]) == 0: continue
         weights = []
         for rows in one_per_group(codes[known], n_draws, seed):
-            fit.fit(_standard(z[known[rows]]), _standard(column[known[rows]]))
+            fit = _regressor(model, 5, n_trees, seed, len(rows)).fit(_standard(z[known[rows]]), _standard(column[known[rows]]))
             weights.append(np.abs(fit.coef_) if model == "lasso" else fit.feature_importances_)
         out[:, j] = np.mean(weights, axis=0)
     return out
@@ -277,7 +278,7 @@ def dci_scores(
     mean = np.nansum(weight * disentanglement) / weight.sum() if weight.sum() > 0 else np.nan
     return disentanglement, completeness, mean, _mean(completeness)
 
-# %% ../nbs/32_disentangle.ipynb #5e46115c
+# %% ../nbs/32_disentangle.ipynb #e1531702
 def _held_out_r2(
     z:np.ndarray, # (spectrum, latent)
     y:np.ndarray, # (spectrum, factor), NaN where missing
@@ -291,7 +292,7 @@ def _held_out_r2(
         rows = np.isfinite(column) & np.isfinite(z).all(1)
         if len(np.unique(codes[rows])) < 10 or np.ptp(column[rows]) == 0: continue
         target = _standard(column[rows])
-        guess = cross_val_predict(_regressor(model, 5, n_trees, seed), _standard(z[rows]), target, cv=GroupKFold(5), groups=codes[rows])
+        guess = cross_val_predict(_regressor(model, 5, n_trees, seed, rows.sum()), _standard(z[rows]), target, cv=GroupKFold(5), groups=codes[rows])
         out[j] = 1 - np.mean((target - guess)**2)
     return out
 
