@@ -193,8 +193,8 @@ def try_row(
     except OSError as exc: return out | dict(reason=f"cannot be read ({exc.strerror or exc})", mend="check permissions and the disk", kind=type(exc).__name__)
     except Exception as exc: return out | dict(reason=f"{type(exc).__name__}: {exc}", mend="report it together with the file", kind=type(exc).__name__)
 
-# %% ../nbs/12_ingest.ipynb #aae4c249
-def _pack(wavelength): return base64.b64encode(zlib.compress(np.asarray(wavelength, "<f8").tobytes())).decode()
+# %% ../nbs/12_ingest.ipynb #881a7f32
+def _pack(wavelength): return base64.b64encode(zlib.compress(np.asarray(wavelength, "<f8").tobytes(), 1)).decode()
 
 def _unpack(text): return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<f8").astype(float)
 
