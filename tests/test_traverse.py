@@ -219,3 +219,27 @@ def test_iron_of_a_real_star_is_found_at_its_velocity(shared_data):
     best = max(out, key=lambda v: out[v].z["FeI"])
     assert out[best].p_family["FeI"] <= 0.01 and out[best].ratio["FeI"] > 1.5
     assert out[best].z["FeI"] > 2 * np.median([t.z["FeI"] for v, t in out.items() if abs(v - best) > 20])
+
+
+def test_first_components_of_real_exposures_are_the_air_above_the_telescope(shared_data):
+    "HD128621 around 6290 Angstrom, one star, many nights: what varies first are the oxygen lines, at the velocity of the Earth."
+    from scipy.signal import find_peaks
+    from specnb.fits import read_spectrum
+    labels = pd.read_csv(shared_data / "labels" / "harps_timeseries_labels.csv")
+    labels = labels[labels.object == "HD128621"].sort_values("mjd_obs").iloc[::2].reset_index(drop=True)
+    spectra = [read_spectrum(shared_data / name) for name in labels.file]
+    grid = spectra[0].wavelength.values
+    flux = np.stack([np.interp(grid, s.wavelength.values, s.flux.values[0].astype(float)) for s in spectra])
+    flux /= np.median(flux, axis=1, keepdims=True)
+    mean = flux.mean(0)
+    u, s, components = np.linalg.svd(flux - mean, full_matrices=False)
+    z = (u * s)[:, :4]
+    air = np.load(shared_data / "reference" / "telluric_transmission_5000_6950.npz")
+    dips = find_peaks(1 - air["transmission"], height=0.03, distance=5)[0]
+    lines = pd.DataFrame(dict(species="telluric", wavelength=air["wave_air_A"][dips].astype(float))); lines.attrs["medium"] = "air"
+    typical = int(np.argsort(labels.berv)[len(labels) // 2])
+    place = xr.DataArray(grid, dims="wavelength", attrs=dict(units="Angstrom", medium="air"))
+    first = T.response(lambda codes: mean + codes @ components[:4], z[typical], 0, wavelength=place)
+    berv = float(labels.berv[typical])
+    assert T.identify_lines(first, lines, velocity=berv, width=3.0).p_family["telluric"] <= 0.01
+    assert T.identify_lines(first, lines, velocity=berv + 150, width=3.0).p_family["telluric"] > 0.05
