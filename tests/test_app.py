@@ -1,0 +1,313 @@
+"The inspector in a real browser: each path clicked through, no console error, nothing asked from outside."
+import http.client
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import numpy as np
+import pandas as pd
+import pytest
+from specnb import app
+
+PARTS = '''
+import numpy as np, pandas as pd, xarray as xr
+from specnb.spectra import make_latents, make_spectra
+
+def parts(n=60, n_pixels=800):
+    rng = np.random.default_rng(5)
+    wavelength, z = np.linspace(5000, 5100, n_pixels), rng.normal(size=(n, 4)).astype("float32") * [1, 1, 1, 0.01]
+    def decode(z):
+        z = np.atleast_2d(z)
+        centres = np.array([5020., 5050., 5085.]) + z[:, :1]
+        lines = np.exp(-0.5 * ((wavelength - centres[:, :, None]) / 1.2)**2).sum(1)
+        return (1 - (0.5 + 0.1 * np.tanh(z[:, 1:2])) * lines) * (1 + 0.05 * z[:, 2:3] * (wavelength - 5050) / 50)
+    flux = decode(z) + rng.normal(0, 0.01, (n, n_pixels))
+    coords = dict(object=[f"star {i // 2}" for i in range(n)], radial_velocity=(60 * z[:, 0], dict(units="km/s", role="label")), teff=(5500 + 300 * z[:, 1], dict(units="K", role="label")))
+    spectra = make_spectra(flux, np.full_like(flux, 1e4), wavelength, [f"spec-{i:03d}" for i in range(n)], medium="air", frame="rest", coords=coords)
+    latents = make_latents(z, np.full_like(z, 0.1), coords_from=spectra)
+    values = np.array([[0.98, 0.1], [-0.05, 0.95], [0.02, 0.01], [0., 0.]])
+    columns = {"spearman": values, "pearson": values, "mi": np.abs(values), "n": np.full((4, 2), n), "q": np.where(np.abs(values) > 0.5, 0.001, 0.7), "p": np.full((4, 2), 0.1)}
+    pairs = xr.Dataset({k: (("latent", "label"), v) for k, v in columns.items()}, {"latent": np.arange(4), "label": ["radial_velocity", "teff"]})
+    dims = xr.Dataset({"kl": ("latent", [2., 1.5, 1., 0.001]), "informative": ("latent", [True, True, True, False])}, {"latent": np.arange(4)})
+    history = pd.DataFrame({"epoch": np.arange(5), "train_loss": 1 / (1. + np.arange(5)), "valid_loss": 1.1 / (1. + np.arange(5))})
+    return dict(latents=latents, association=pairs, dimensions=dims, decode=decode, spectra=spectra, history=history, title="three lines")
+'''
+exec(PARTS)
+
+
+def test_parts_that_are_missing_leave_words_not_errors():
+    everything = parts()
+    for missing in ("association", "dimensions", "decode", "spectra", "history"):
+        less = {name: value for name, value in everything.items() if name != missing}
+        look = app.inspector(**less, **({"wavelength": everything["spectra"].wavelength} if missing == "spectra" else {}))
+        assert len(look.__panel__()[2][1]) == 5
+        look.choose("spec-003"), look.move(look.nodes[0], 0.5)
+        look.retrieval_view(look.nearest(3)), look.cell_view(), look.slider_view()
+
+
+def test_one_spectrum_alone():
+    one = parts()
+    one["latents"], one["spectra"] = one["latents"].isel(spectrum=[0]), one["spectra"].isel(spectrum=[0])
+    look = app.inspector(**one)
+    look.move(look.nodes[0], 1.)
+    assert np.isfinite(look.frame()["moved"]).all() and look.__panel__() is not None
+
+
+def test_nan_latents_are_passed_over_and_said():
+    broken = parts()
+    broken["latents"]["mean"][0] = np.nan
+    look = app.inspector(**broken)
+    assert look.row == 1
+    assert not look.choose("spec-000") and "NaN latents" in look.message and look.row == 1
+    assert look.choose("spec-002") and look.message == ""
+    look.__panel__()
+
+
+def test_a_failing_decoder_is_a_message():
+    less = parts()
+    less["decode"] = lambda z: np.ones((len(z), 800)) if np.abs(z).max() < 9 else np.ones(3)[z]
+    look = app.inspector(**less)
+    look.move(0, 50.)
+    assert np.isnan(look.frame()["moved"]).all() and "decoder failed" in look.message
+
+
+def test_a_name_from_the_browser_is_text_and_never_a_path(tmp_path):
+    look = app.inspector(**parts())
+    secret = tmp_path / "secret.fits"
+    secret.write_text("do not read me")
+    for name in (str(secret), "../../etc/passwd", "<img src=x onerror=alert(1)>", "", "spec-000' OR 1", "9" * 400):
+        assert not look.choose(name) and "read me" not in look.message
+    assert app._safe(look.message).count("<") == 0
+
+
+def test_export_is_the_selection():
+    look = app.inspector(**parts())
+    look.chosen = np.array([3, 5, 8])
+    table = pd.read_csv(look.export_csv())
+    assert table["spectrum_id"].tolist() == ["spec-003", "spec-005", "spec-008"]
+    np.testing.assert_allclose(table["node_0"], look.mean[[3, 5, 8], 0], rtol=1e-6)
+
+
+def test_a_slider_step_is_quick_on_the_server():
+    import holoviews as hv
+    look = app.inspector(**(parts(n_pixels=4096)))
+    plot = hv.renderer("bokeh").get_plot(look.slider_view())
+    source = lambda: next(part.handles["source"].data for (name, _), drawn in look._drawn.items() if name == "moved" for part in drawn.subplots.values() if part.current_frame.label == "moved")
+    before, took = {name: np.array(values) for name, values in source().items()}, []
+    for value in np.linspace(-2, 2, 21):
+        start = time.perf_counter()
+        look.move(0, float(value))
+        took.append(time.perf_counter() - start)
+    changed = [name for name, values in source().items() if name != "wavelength" and not np.array_equal(values, before[name])]
+    assert changed and plot is not None
+    assert np.median(took) < 0.25, f"{np.median(took) * 1000:.0f} ms a step"
+
+
+# --- in the browser ---------------------------------------------------------------------------------------------------------------------------------
+
+FIND = "const out=[];const walk=r=>r.querySelectorAll('*').forEach(e=>{if(e.matches(arguments[0]))out.push(e);if(e.shadowRoot)walk(e.shadowRoot)});walk(document);return out"
+# the drawn values of a line: the y column of the data source whose renderer's glyph is a line, of the plot with this y label
+LINES = """const out={};for(const doc of Bokeh.documents)for(const m of doc._all_models.values())if(m.type=='GlyphRenderer'&&m.glyph.type=='Line'){
+const s=m.data_source.data;for(const k of s.keys?[...s.keys()]:Object.keys(s))if(k!='wavelength'){const v=s.get?s.get(k):s[k];out[m.id+k]=Array.from(v).slice(0,400).map(x=>+x||0).reduce((a,b,i)=>a+b*Math.sin(i),0)}};return out"""
+# screen position of data coordinates in the n-th plot whose ranges have this type
+WORDS = """const out=[];const walk=n=>{if(n.nodeType==3){out.push(n.data);return}if(['STYLE','SCRIPT'].includes(n.nodeName))return;
+if(n.shadowRoot)walk(n.shadowRoot);n.childNodes.forEach(walk);if(n.nodeType==1)out.push(' ')};walk(document.body);return out.join('').replace(/\\s+/g,' ')"""
+PLACE = """const [kind,x,y]=arguments;for(const doc of Bokeh.documents)for(const m of doc._all_models.values()){if(m.type!='Figure'||m.x_range.type!=kind)continue;
+const v=Bokeh.index.find_one(m);if(!v||!v.el||!v.el.isConnected||v.el.getBoundingClientRect().width<50)continue;const box=v.el.getBoundingClientRect(),f=v.frame;
+const px=f.x_scale.compute(x),py=f.y_scale.compute(y);return [box.left+px,box.top+py]};return null"""
+
+
+@pytest.fixture(scope="module")
+def served():
+    "The address of an inspector served by a process of its own."
+    code = PARTS + "\nfrom specnb.app import inspector, serve\nserve(lambda: inspector(**parts()))\n"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    line = process.stdout.readline()
+    yield line.split()[0]
+    process.terminate()
+    process.wait(20)
+    process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Headless Chromium, or a skip that says what to install."
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
+    if not chromium or not driver: pytest.skip("needs a browser: apt-get install chromium chromium-driver")
+    options, profile = selenium.ChromeOptions(), tempfile.mkdtemp()
+    options.binary_location = chromium
+    for switch in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync",
+                   "disable-dev-shm-usage", "window-size=1400,1000", f"user-data-dir={profile}"): options.add_argument(f"--{switch}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    window = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    yield window
+    window.quit()
+    shutil.rmtree(profile, ignore_errors=True)
+
+
+class Page:
+    "A page of the inspector, and what a person does with it."
+    def __init__(self, window, address):
+        self.window, start = window, time.perf_counter()
+        window.get_log("performance"), window.get_log("browser")
+        window.get(address)
+        self.wait(lambda: self.all(".bk-tab"), "the tabs")
+        self.ready = time.perf_counter() - start
+
+    def all(self, css): return self.window.execute_script(FIND, css)
+    def text(self): return self.window.execute_script(WORDS)
+    def lines(self): return self.window.execute_script(LINES)
+
+    def wait(self, condition, what, seconds=30):
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            found = condition()
+            if found: return found
+            time.sleep(0.05)
+        raise AssertionError(f"waited {seconds} s in vain for {what}")
+
+    def tab(self, name):
+        next(tab for tab in self.all(".bk-tab") if tab.text == name).click()
+        return self
+
+    def click_at(self, x, y):
+        from selenium.webdriver.common.actions.action_builder import ActionBuilder
+        mouse = ActionBuilder(self.window)
+        mouse.pointer_action.move_to_location(round(x), round(y)).click()
+        mouse.perform()
+
+    def drag(self, points):
+        from selenium.webdriver.common.actions.action_builder import ActionBuilder
+        mouse = ActionBuilder(self.window)
+        mouse.pointer_action.move_to_location(*map(round, points[0])).pointer_down()
+        for x, y in points[1:]: mouse.pointer_action.move_to_location(round(x), round(y))
+        mouse.pointer_action.pointer_up()
+        mouse.perform()
+
+    def place(self, kind, x, y): return self.wait(lambda: self.window.execute_script(PLACE, kind, x, y), f"a plot with {kind}")
+    def select(self, name): return next(group for group in self.all(".bk-input-group") if group.text.startswith(name)).find_element("css selector", "select")
+
+    def complaints(self):
+        return [entry["message"] for entry in self.window.get_log("browser") if entry["level"] == "SEVERE"]
+
+    def outside(self):
+        messages = [json.loads(entry["message"])["message"] for entry in self.window.get_log("performance")]
+        asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return [url for url in asked if not url.startswith(("http://127.0.0.1", "data:", "blob:", "chrome", "about:"))]
+
+
+@pytest.fixture
+def page(browser, served):
+    "A fresh page; after the test its console must be clean and its network quiet."
+    page = Page(browser, served)
+    yield page
+    time.sleep(0.2)
+    assert page.complaints() == []
+    assert page.outside() == []
+
+
+def test_the_page_is_there_and_asks_nothing_from_outside(page):
+    page.wait(lambda: len(page.all("canvas")) >= 2, "two plots")
+    assert page.ready < 30 and "three lines" in page.text()
+    print(f"address to tabs: {page.ready:.1f} s")
+
+
+def test_a_slider_moves_the_spectrum_and_reset_puts_it_back(page):
+    from selenium.webdriver import Keys
+    page.wait(lambda: len(page.lines()) >= 4, "the lines")
+    before = page.lines()
+    handle = page.wait(lambda: page.all(".noUi-handle"), "the sliders")[0]
+    took = []
+    for key in [Keys.ARROW_RIGHT] * 6:
+        last, start = page.lines(), time.perf_counter()
+        handle.send_keys(key)
+        page.wait(lambda: page.lines() != last, "a redraw")
+        took.append(time.perf_counter() - start)
+    print(f"slider to new data in the browser: {np.median(took) * 1000:.0f} ms")
+    assert np.median(took) < 2
+    next(button for button in page.all("button") if button.text.startswith("Reset")).click()
+    page.wait(lambda: page.lines() == before, "the spectrum as it was")
+
+
+def test_a_click_on_a_cell_asks_for_its_cloud(page):
+    page.tab("Matrices")
+    x, y = page.place("FactorRange", "teff", "node 1")
+    time.sleep(0.5)
+    page.click_at(x, y)
+    page.wait(lambda: page.select("Label").get_attribute("value") == "teff", "the label of the cell")
+    page.wait(lambda: page.all("canvas"), "the cloud")
+    chosen = page.select("Node")
+    assert chosen.find_element("css selector", "option:checked").text == "node 1"
+
+
+def test_every_statistic_is_drawn(page):
+    page.tab("Matrices")
+    page.place("FactorRange", "teff", "node 1")
+    for name in ("Pearson", "MI [nat]", "MI 0..1", "Spearman"):
+        next(button for button in page.all("button, .bk-btn") if button.text == name).click()
+        time.sleep(0.4)
+        assert page.place("FactorRange", "teff", "node 1")
+
+
+def test_neighbours_lead_from_one_spectrum_to_the_next(page):
+    page.tab("Neighbours")
+    row = page.wait(lambda: page.all(".tabulator-row"), "the table")[0]
+    name = row.find_element("css selector", "[tabulator-field=spectrum_id]").text
+    row.click()
+    time.sleep(0.5)
+    next(button for button in page.all("button") if button.text.startswith("Make the marked")).click()
+    page.wait(lambda: f"next ▶ {name} " in page.text(), f"{name} as the chosen spectrum")
+
+
+def test_a_spectrum_is_found_by_its_name_and_a_wrong_one_is_said(page):
+    from selenium.webdriver import Keys
+    field = page.all("input[type=text]")[0]
+    field.send_keys("spec-017" + Keys.ENTER)
+    page.wait(lambda: "next ▶ spec-017 " in page.text(), "the spectrum")
+    field = page.all("input[type=text]")[0]
+    field.clear()
+    field.send_keys("nobody" + Keys.ENTER)
+    page.wait(lambda: "No spectrum or object is called 'nobody'" in page.text(), "a message")
+
+
+def test_a_lasso_on_the_map_selects(page):
+    page.tab("Map")
+    page.wait(lambda: "of 60 selected" in page.text() and len(page.all("canvas")) < 8, "the map")
+    time.sleep(1)
+    corners = [page.place("Range1d", x, y) for x, y in ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9), (-0.9, -0.8))]
+    time.sleep(1)
+    page.drag(corners)
+    counted = lambda: [int(number) for number in re.findall(r"(\d+) of 60 selected", page.text()) if int(number)]
+    number = page.wait(counted, "a selection")[0]
+    exec(PARTS, space := {})
+    latents = space["parts"]()["latents"]
+    shown = app.shown_nodes(latents, space["parts"]()["dimensions"])[:2]
+    expected = (np.abs(latents["mean"].values[:, shown]) <= 0.9).all(1).sum()
+    assert abs(number - expected) <= 2, (number, expected)
+
+
+def test_the_training_tab_stands(page):
+    page.tab("Training")
+    page.wait(lambda: any("Criterion" in part.text for part in page.all(".bk-input-group")), "the criterion")
+    widths = page.wait(lambda: [c.size["width"] for c in page.all("canvas") if c.size["width"] > 300], "plots of some width")
+    assert widths
+
+
+def test_a_page_from_elsewhere_gets_no_websocket(served):
+    port = served.rstrip("/").rpartition(":")[2]
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "x3JJHMbDL1EzLkh9GBhXDw==", "Sec-WebSocket-Protocol": "bokeh, token"}
+    for origin, status in (("http://evil.example", 403), (f"http://127.0.0.1:{port}", 101)):
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
+        connection.request("GET", "/ws", headers=headers | {"Origin": origin})
+        answer = connection.getresponse().status
+        connection.close()
+        assert (answer == 403) == (status == 403), (origin, answer)
+
+
+def test_an_open_address_is_refused():
+    for address in ("0.0.0.0", "::", "10.0.0.3"):
+        with pytest.raises(ValueError, match="tunnel"): app.serve(lambda: None, address=address)
