@@ -350,7 +350,7 @@ def summary(
     text.append(f"Read {opened.path / 'report.html'}, open {opened.path / 'inspect.ipynb'} in JupyterLab, or run: specnb inspect {opened.path}")
     return "\n".join(text)
 
-# %% ../nbs/50_run.ipynb #4fce6474
+# %% ../nbs/50_run.ipynb #027a3f7a
 def download(
     folder, # where files go
     target:str=None, # object name, as the archive spells it
@@ -358,8 +358,9 @@ def download(
     instrument:str="HARPS", # of the spectra
     limit:int=100, # files at most
     dry_run:bool=False, # only say what would be fetched, and its size
+    download_options:dict=None, # of specnb.archive.download
     **search_options # further options of specnb.archive.search
-):
+) -> pd.DataFrame: # one row a file: status, size, reason and mend
     "Search ESO's archive for reduced spectra and download them; see specnb.archive for the details."
-    rows = archive_door.search(target, instrument=instrument, limit=limit, **search_options)
-    return archive_door.download(rows, folder, dry_run=dry_run)
+    rows = archive_door.search(target, instrument=instrument, max_rows=limit, **search_options)
+    return archive_door.download(rows, folder, dry_run=dry_run, **(download_options or {}))
