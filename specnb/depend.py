@@ -361,49 +361,46 @@ def histogram_information(
     outer = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     return float((joint[joint > 0] * np.log(joint[joint > 0] / outer[joint > 0])).sum())
 
-# %% ../nbs/30_depend.ipynb #77b0ddb1
+# %% ../nbs/30_depend.ipynb #cd7bdc22
+def _prepared(
+    values:np.ndarray, # (row, column), NaN where missing
+)->tuple: # centred values with 0 where missing (row, column); mask as float, or None when nothing is missing; floor of the variance (column,)
+    "Columns ready for masked products."
+    here = np.isfinite(values)
+    if here.all():
+        centre = values.mean(0)
+        return values - centre, None, (1e-13 * np.abs(centre)) ** 2
+    filled = np.where(here, values, 0)
+    centre = filled.sum(0) / np.maximum(here.sum(0), 1)
+    return np.where(here, filled - centre, 0), here.astype(float), (1e-13 * np.abs(centre)) ** 2
+
+# %% ../nbs/30_depend.ipynb #aac7a917
+def _masked_pearson(
+    x:tuple, y:tuple, # from `_prepared`
+    weights:np.ndarray|None=None, # (row,) None: 1 each
+)->np.ndarray: # (latent, label); NaN where a column is constant
+    "Pearson correlation of prepared columns, every pair on its own complete rows."
+    (x, x_here, x_floor), (y, y_here, y_floor) = x, y
+    weight = np.ones(len(x)) if weights is None else weights
+    y_here = np.ones((len(y), 1)) if y_here is None else y_here
+    y_mask, y_sum, y_square = (weight[:, None] * v for v in (y_here, y, y**2))
+    left = (lambda v: v.sum(0)[None]) if x_here is None else (lambda v: x_here.T @ v)
+    n, sum_y, square_y = left(y_mask), left(y_sum), left(y_square)
+    sum_x, square_x = x.T @ y_mask, (x**2).T @ y_mask
+    with np.errstate(invalid="ignore", divide="ignore"):
+        var_x, var_y = square_x / n - (sum_x / n) ** 2, square_y / n - (sum_y / n) ** 2
+        rho = (x.T @ y_sum / n - sum_x * sum_y / n**2) / np.sqrt(var_x * var_y)
+        return np.where((var_x > x_floor[:, None] + 1e-12 * square_x / n) & (var_y > y_floor + 1e-12 * square_y / n), rho, np.nan)
+
 def pearson_matrix(
     x:np.ndarray, # (row, latent), NaN where missing
     y:np.ndarray, # (row, label), NaN where missing
     weights:np.ndarray|None=None, # (row,) None: 1 each
 )->np.ndarray: # (latent, label); NaN where a column is constant
     "Pearson correlation of every pair on its own complete rows, by masked matrix products."
-    if np.isfinite(x).all() and np.isfinite(y).all(): return _complete_pearson(x, y, weights)
-    (x, x_here), (y, y_here) = _centred(x), _centred(y)
-    weighted = lambda a: a.T if weights is None else a.T * weights
-    n, sum_x, sum_y = weighted(x_here) @ y_here, weighted(x) @ y_here, weighted(x_here) @ y
-    var_x = n * (weighted(x * x) @ y_here) - sum_x**2
-    var_y = n * (weighted(x_here) @ (y * y)) - sum_y**2
-    scale = np.sqrt(np.maximum(var_x, 0)) * np.sqrt(np.maximum(var_y, 0))
-    small = (var_x <= 1e-12 * n**2) | (var_y <= 1e-12 * n**2)  # columns have unit variance here
-    return np.where(small, np.nan, (n * (weighted(x) @ y) - sum_x * sum_y) / np.where(small, 1, scale))
+    return _masked_pearson(_prepared(np.asarray(x, float)), _prepared(np.asarray(y, float)), weights)
 
-# %% ../nbs/30_depend.ipynb #dffd1170
-def _centred(
-    values:np.ndarray, # (row, column), NaN where missing
-    weights:np.ndarray|None=None, # (row,) None: 1 each
-)->tuple: # (row, column) standardised values with 0 where missing, and the mask of present ones as float
-    "Shift and scale columns by their own weighted mean and spread."
-    here = np.isfinite(values).astype(float)
-    if weights is not None: here = here * (weights > 0)[:, None]
-    weight = here if weights is None else here * weights[:, None]
-    n = np.maximum(weight.sum(0), 1e-300)
-    values = np.where(here > 0, values, 0)
-    floor = 1e-14 * np.abs(values).max(0, initial=0)
-    values = np.where(here > 0, values - (weight * values).sum(0) / n, 0)
-    scale = np.sqrt((weight * values**2).sum(0) / n)
-    return values / np.where(scale > floor, scale, np.inf), here
-
-def _complete_pearson(
-    x:np.ndarray, y:np.ndarray, # (row, latent), (row, label) finite
-    weights:np.ndarray|None, # (row,) None: 1 each
-)->np.ndarray: # (latent, label)
-    "Pearson correlation without missing values."
-    (x, _), (y, _) = _centred(x, weights), _centred(y, weights)
-    rho = (x.T if weights is None else x.T * weights) @ y / (len(x) if weights is None else weights.sum())
-    return np.where(x.any(0)[:, None] & y.any(0), rho, np.nan)
-
-# %% ../nbs/30_depend.ipynb #433b6aec
+# %% ../nbs/30_depend.ipynb #aa1a4b5d
 def spearman_matrix(
     x:np.ndarray, # (row, latent), NaN where missing
     y:np.ndarray, # (row, label), NaN where missing
@@ -419,18 +416,24 @@ def spearman_matrix(
             rows = x_here & y_here
             if rows.sum() < 2: continue
             ranks = [_average_among(v[columns], order[columns], rows, weight).T for v, order, columns in zip(tables, orders, (x_columns, y_columns))]
-            rho[np.ix_(x_columns, y_columns)] = _complete_pearson(*ranks, None if weights is None else weight[rows])
+            rho[np.ix_(x_columns, y_columns)] = pearson_matrix(*ranks, None if weights is None else weight[rows])
     return rho
 
-# %% ../nbs/30_depend.ipynb #d4b0f9b1
+# %% ../nbs/30_depend.ipynb #59b664df
 @njit(cache=True, nogil=True)
 def _average_among(
     values:np.ndarray, orders:np.ndarray, # (column, row) values and their sorting
     here:np.ndarray, weights:np.ndarray, # (row,) rows to keep, and weights of all rows
 )->np.ndarray: # (column, kept) average ranks among the rows kept
     "Average ranks of the kept rows, from the sorting of all rows."
-    ranks = np.empty((values.shape[0], here.sum()))
-    for c in range(values.shape[0]): ranks[c] = _tie_means(values[c], orders[c][here[orders[c]]], weights)[here]
+    ranks, order = np.empty((values.shape[0], here.sum())), np.empty(here.sum(), np.int64)
+    for c in range(values.shape[0]):
+        kept = 0
+        for row in orders[c]:
+            if here[row]:
+                order[kept] = row
+                kept += 1
+        ranks[c] = _tie_means(values[c], order, weights)[here]
     return ranks
 
 # %% ../nbs/30_depend.ipynb #738e1aca
@@ -533,7 +536,7 @@ def _table_information(
             for j in range(n_bins): sum_row += clogc[column[j]]
             if total: mi[a, b] += (sum_joint - sum_row + clogc[total]) / total
 
-# %% ../nbs/30_depend.ipynb #363cd3a6
+# %% ../nbs/30_depend.ipynb #9c507ade
 def tested_statistics(
     x:np.ndarray, # (row, latent), NaN where missing
     y:np.ndarray, # (row, label), NaN where missing
@@ -545,8 +548,8 @@ def tested_statistics(
     weights = row_weights(units, len(x))
     n_bins = n_bins or int(np.clip(np.sqrt(units.n_groups / 5), 3, 16))
     x_bins, y_bins = rank_bins(x, n_bins, weights), rank_bins(y, n_bins, weights)
-    x_scores, y_scores = _scores(x, weights), _scores(y, weights)
-    own, shape = units.rows(), (len(permutations), x.shape[1], y.shape[1])
+    y_scores, own, shape = _scores(y, weights), units.rows(), (len(permutations), x.shape[1], y.shape[1])
+    x_ready = _prepared(_scores(x, weights)[own.ravel()])
     mi, rho = np.zeros(shape), np.empty(shape)
     counts = np.empty((shape[2], n_bins + 1, shape[1], n_bins + 1), np.int32)
     clogc = np.r_[0, np.arange(1, units.n_groups + 1) * np.log(np.arange(1, units.n_groups + 1))]
@@ -555,7 +558,7 @@ def tested_statistics(
         for mine, theirs in zip(own, given):
             _count(x_bins[mine], y_bins, theirs, counts)
             _table_information(counts, clogc, mi[r])
-        rho[r] = np.abs(pearson_matrix(x_scores[own.ravel()], y_scores[given.ravel()]))
+        rho[r] = np.abs(_masked_pearson(x_ready, _prepared(y_scores[given.ravel()])))
     return mi / units.n_draws, np.nan_to_num(rho)
 
 # %% ../nbs/30_depend.ipynb #2024795f

@@ -263,7 +263,7 @@ def informative_nodes(
     replicates = _replicates(mean, sigma, units, point, n_bootstrap, np.random.default_rng((seed, 3)))
     return _report(table.latent.values, point | fixed, replicates, fixed, cut, rank, level, dict(n=int(keep.sum()), n_groups=units.n_groups, seed=seed))
 
-# %% ../nbs/31_dims.ipynb #9f774484
+# %% ../nbs/31_dims.ipynb #28925554
 def _fixed_statistics(
     latents, table:xr.DataArray, groups, decode, units, level:float, seed:int, # see `informative_nodes`
 )->dict: # name -> (latent,)
@@ -277,6 +277,7 @@ def _fixed_statistics(
         out.update({name: owner[name].values for name in owner.data_vars})
     return out
 
+# %% ../nbs/31_dims.ipynb #2a9753aa
 def _replicates(
     mean:np.ndarray, sigma:np.ndarray|None, # (row, latent)
     units, # groups
