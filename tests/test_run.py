@@ -164,3 +164,4 @@ def test_inspect_listens_on_this_machine_only(made):
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(30)
+        server.stdout.close()
