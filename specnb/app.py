@@ -42,7 +42,7 @@ def check_parts(
     if wavelength is not None and made.shape != (1, len(wavelength)):
         raise ValueError(f"decode returns shape {made.shape}, but the grid has {len(wavelength)} pixels: take decoder and grid from the same bundle")
 
-# %% ../nbs/41_app.ipynb #ffb7596d
+# %% ../nbs/41_app.ipynb #ef5c76a7
 class Inspector(Viewer):
     "State and wiring of the latent inspector; shows itself in a notebook and has `.servable()`."
     row = param.Integer(default=0, doc="position of the chosen spectrum")
@@ -60,20 +60,28 @@ class Inspector(Viewer):
         self.mean, self._drawn = latents["mean"].values.astype(float), {}
         self.places, self.nodes = {int(node): place for place, node in enumerate(latents["latent"].values)}, shown_nodes(latents, dimensions)
         first = int(np.flatnonzero(np.isfinite(self.mean).all(1))[0])
-        super().__init__(row=first, code=self.mean[first].copy(), node=self.nodes[0], label=_first_label(association), **params)
+        node, label = _first_pair(association, self.nodes)
+        super().__init__(row=first, code=self.mean[first].copy(), node=node, label=label, **params)
         self.param.watch(lambda event: self.reset(), "row")
 
-# %% ../nbs/41_app.ipynb #dca53efb
+# %% ../nbs/41_app.ipynb #fd4f1063
 def _grid(wavelength, spectra, recipe):
     "The wavelengths of decoded spectra as a DataArray, or None."
-    source = spectra if wavelength is None else None
-    if source is not None: return (prepare(source.isel(spectrum=[0]), recipe) if recipe else source)["wavelength"]
-    if wavelength is None or isinstance(wavelength, xr.DataArray): return wavelength
-    return xr.DataArray(np.asarray(wavelength, float), dims="wavelength", name="wavelength", attrs={"units": "Angstrom"})
+    if wavelength is None and spectra is None: return None
+    if wavelength is None: wavelength = (prepare(spectra.isel(spectrum=[0]), recipe) if recipe else spectra)["wavelength"]
+    known = {"units": "Angstrom"} if spectra is None else spectra["wavelength"].attrs
+    return xr.DataArray(np.asarray(wavelength, float), dims="wavelength", name="wavelength", attrs=known | getattr(wavelength, "attrs", {}))
 
-def _first_label(association):
-    return str(association["label"].values[0]) if association is not None and association.sizes.get("label") else ""
+def _first_pair(association, nodes):
+    "The strongest pair of a shown node and a label, to begin with."
+    if association is None or not association.sizes.get("label"): return nodes[0], ""
+    known = association.sel(latent=[node for node in nodes if node in association["latent"].values])
+    strength = np.abs(known["mi" if "mi" in known else "spearman"]).fillna(-1)
+    if not strength.size: return nodes[0], ""
+    best = strength.isel(strength.argmax(("latent", "label")))
+    return int(best["latent"]), str(best["label"].item())
 
+# %% ../nbs/41_app.ipynb #07d6c5a4
 def shown_nodes(
     latents:xr.Dataset,         # `mean` (spectrum, latent)
     dimensions:xr.Dataset=None, # (latent,) with `informative`
@@ -214,7 +222,7 @@ def response_lines(
     "The change of the decoded spectrum with the node in question."
     return {"response": (self.frame()["response"], PALETTE["accent"])}
 
-# %% ../nbs/41_app.ipynb #bafcc01f
+# %% ../nbs/41_app.ipynb #5a2ca8cc
 @patch
 def slider_view(
     self:Inspector,
@@ -224,18 +232,30 @@ def slider_view(
     if self.wavelength is None: return empty_view("No wavelength grid: give `wavelength` or `spectra` to the inspector.")
     if not self._drawn: self.param.watch(lambda event: self.redraw_code(), "code")
     watch = lambda names: Params(self, names)
-    remember = lambda name: [lambda plot, element: self._drawn.update({(name, id(plot)): plot})]
+    remember = lambda name: [lambda plot, element: self._remember(name, plot)]
     above = trace_panel(self.wavelength, self.spectrum_lines, "Flux [median = 1]", lambda: self._at_rest()[2], streams=[watch(["row"])], height=400, hooks=remember("moved"))
     below = trace_panel(self.wavelength, self.response_lines, "Response [flux per std]", streams=[watch(["row", "node"])], height=190, hooks=remember("response"), show_legend=False)
     self._ranges = {"moved": above.streams[0], "response": below.streams[0]}
     return hv.Layout([above, below]).cols(1)
 
 @patch
+def _remember(self:Inspector, name, plot):
+    "Keep a plot that is on the screen, and give it the range of its lines when spectrum or node is new."
+    key, place = (self.row, self.node if name == "response" else None), (name, id(plot))
+    if place in self._drawn and self._drawn[place][0] != key:
+        lines = (self.response_lines if name == "response" else self.spectrum_lines)().values()
+        values = np.nan_to_num(np.concatenate([values for values, *_ in lines]))
+        low, high = values.min(), values.max()
+        plot.handles["y_range"].update(start=float(low - 0.06 * (high - low)), end=float(high + 0.06 * (high - low)))
+    self._drawn[place] = key, plot
+
+# %% ../nbs/41_app.ipynb #ccdb8ca1
+@patch
 def redraw_code(
     self:Inspector,
 )->None:
     "Put the present code into the plots that are on the screen."
-    for (name, _), plot in self._drawn.items():
+    for (name, _), (_, plot) in self._drawn.items():
         x, y = reduce_line(self.wavelength.values, self.frame()[name], self._ranges[name].x_range)
         source = next(part.handles["source"] for part in plot.subplots.values() if part.current_frame.label == name)
         source.data = {column: x if column == "wavelength" else y for column in source.data}

@@ -271,7 +271,7 @@ def _pair_columns(association, source):
     table = xr.Dataset(columns).to_dataframe().reset_index()[["latent", "label", *names]]
     return table.assign(node=[node_name(latent) for latent in table["latent"]], label=table["label"].astype(str))
 
-# %% ../nbs/40_plots.ipynb #3420144a
+# %% ../nbs/40_plots.ipynb #f2133349
 def node_name(
     latent:int, # number of the node
 )->str:         # such as "node 7"
@@ -279,7 +279,8 @@ def node_name(
     return f"node {latent}"
 
 def _sorted_nodes(table):
-    table = table.assign(place=pd.factorize(table["label"])[0], strength=table["value"].abs().fillna(-1))
+    table = table.assign(strength=table["value"].abs().fillna(-1))
+    table["place"] = table["label"].map(table.groupby("label")["strength"].max().rank(ascending=False, method="first"))
     best = table.loc[table.groupby("latent")["strength"].idxmax()]
     best = best.assign(plain=best["mark"] == "").sort_values(["plain", "place", "strength"], ascending=[True, True, False])
     order = {latent: rank for rank, latent in enumerate(best["latent"])}
@@ -300,14 +301,15 @@ def _matrix_view(association, statistic, dimensions, alpha, height, **options):
         clipping_colors={"NaN": MISSING}, fontsize={"title": "10pt"}, **options)
     return heat * _cell_text(table, statistic)
 
-# %% ../nbs/40_plots.ipynb #74cea669
+# %% ../nbs/40_plots.ipynb #b5f05d35
 def _matrix_title(association, table, alpha):
     shown, folded = table["latent"].nunique(), association.sizes["latent"] - table["latent"].nunique()
     return f"{shown} nodes" + (f" ({folded} folded away)" if folded else "") + f"; * q < {alpha:g}"
 
 def _cell_words(table):
-    few = table["label"].nunique() <= 12
-    return [f"{value + 0:.2f}{mark}".replace("-0.00", "0.00") if few and np.isfinite(value) else mark for value, mark in zip(table["value"], table["mark"])]
+    crowded = table["label"].nunique() > 8   # then only the marked cells have words
+    words = (f"{value:.2f}{mark}".replace("-0.00", "0.00") if np.isfinite(value) else "" for value, mark in zip(table["value"], table["mark"]))
+    return [word if mark or not crowded else "" for word, mark in zip(words, table["mark"])]
 
 def _pale(table, statistic):
     size = np.abs(table["value"]) if statistic in ("spearman", "pearson") else 1 - table["value"] / _limits(table, statistic)[1]
@@ -347,7 +349,7 @@ def information_matrix(
     limits = _limits(matrix_table(association, statistic, dimensions, alpha), statistic)
     return _matrix_view(association, statistic, dimensions, alpha, height, cmap="viridis", clim=limits)
 
-# %% ../nbs/40_plots.ipynb #613b9574
+# %% ../nbs/40_plots.ipynb #b3d64e61
 def matrix_figure(
     association:xr.Dataset,     # (latent, label) from `specnb.depend.association`
     statistic:str="spearman",   # a key of `STATISTICS`
@@ -359,7 +361,7 @@ def matrix_figure(
     table = matrix_table(association, statistic, dimensions, alpha)
     nodes, labels = list(dict.fromkeys(table["node"])), list(dict.fromkeys(table["label"]))
     low, high = _limits(table, statistic)
-    figure, ax = _figure(size=(max(4.8, 1.9 + 0.62 * len(labels)), 1.5 + 0.3 * len(nodes)))
+    figure, ax = _figure(size=(max(4.8, 1.9 + 0.62 * len(labels)), max(2.6, 1.5 + 0.3 * len(nodes))))
     image = ax.imshow(table["value"].to_numpy().reshape(len(nodes), -1), aspect="auto", vmin=low, vmax=high, cmap="RdBu_r" if low < 0 else "viridis")
     words, pale = _cell_words(table), _pale(table, statistic)
     for i, word in enumerate(words):
@@ -367,7 +369,7 @@ def matrix_figure(
     ax.set_xticks(range(len(labels)), [name.replace("_", " ") for name in labels], rotation=35, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(nodes)), nodes)
     ax.set_title(_matrix_title(association, table, alpha), fontsize=9)
-    figure.colorbar(image, label=STATISTICS[statistic], shrink=0.9)
+    figure.colorbar(image, label=STATISTICS[statistic].replace(" [", "\n[").replace("rank ", "rank\n").replace(", ", "\n"))
     return figure
 
 # %% ../nbs/40_plots.ipynb #40bb8dcd

@@ -95,7 +95,7 @@ def test_a_slider_step_is_quick_on_the_server():
     import holoviews as hv
     look = app.inspector(**(parts(n_pixels=4096)))
     plot = hv.renderer("bokeh").get_plot(look.slider_view())
-    source = lambda: next(part.handles["source"].data for (name, _), drawn in look._drawn.items() if name == "moved" for part in drawn.subplots.values() if part.current_frame.label == "moved")
+    source = lambda: next(part.handles["source"].data for (name, _), (_, drawn) in look._drawn.items() if name == "moved" for part in drawn.subplots.values() if part.current_frame.label == "moved")
     before, took = {name: np.array(values) for name, values in source().items()}, []
     for value in np.linspace(-2, 2, 21):
         start = time.perf_counter()
