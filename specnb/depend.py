@@ -111,7 +111,7 @@ def _count_terms(
         total += psi[twice_x] + psi[twice_y]
     return total / n
 
-# %% ../nbs/30_depend.ipynb #55dd7a1e
+# %% ../nbs/30_depend.ipynb #a2b27738
 @njit(cache=True, nogil=True)
 def _ksg_pair(
     x_by_y:np.ndarray, # (row,) x rank of the point of y rank 0, 1, 2, ...
@@ -121,7 +121,7 @@ def _ksg_pair(
 )->float: # mutual information [nat]
     "KSG estimate of one pair [Kraskov et al. 2004, eq. 8]."
     n, each = x_by_y.size, np.empty(ks.size)
-    width = max(1, int(0.9 * np.sqrt(ks[-1] * n)))
+    width = max(1, int(1.1 * np.sqrt(ks[-1] * n)))
     px, py, cell = _strips(x_by_y, width)
     nearest = _kth_distances(px, py, cell, width, worst)
     for c in range(ks.size):

@@ -113,7 +113,7 @@ if __name__ == "__main__":
     bench_information(4061, 128, 10, 10, 5, rng)
     bench_correlation(4061, 138, 5, rng)
     if given.large:
-        bench_information(270_000, 32, 2, 1, 3, rng)
+        bench_information(270_000, 128, 10, 3, 2, rng)
         bench_null(270_000, 128, 10, 7007, rng)
     if given.accuracy:
         for extrapolate in (False, True): bench_accuracy(extrapolate)
