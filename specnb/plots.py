@@ -287,16 +287,16 @@ def _sorted_nodes(table):
     table = table.assign(rank=table["latent"].map(order)).sort_values(["rank", "place"], ignore_index=True)
     return table.drop(columns=["place", "strength", "rank"])
 
-# %% ../nbs/40_plots.ipynb #9281e437
+# %% ../nbs/40_plots.ipynb #7e97b16d
 def _matrix_view(association, statistic, dimensions, alpha, height, **options):
     if not association.sizes["latent"] * association.sizes["label"]:
         return empty_view("No pairs: the latents carry no labels. Join a label table (specnb.catalogue.join_labels), then run the analysis again.")
     table = matrix_table(association, statistic, dimensions, alpha)
-    cells = table.assign(interval=[f"{low:.3f} to {high:.3f}" for low, high in zip(table["low"], table["high"])])
-    fields = ["value", "n", "n_groups", "interval", "p", "q"]
-    tips = [("node", "@node"), ("label", "@label"), (STATISTICS[statistic], "@value{0.000}"), ("interval", "@interval"), ("spectra", "@n"), ("groups", "@n_groups"), ("p", "@p{0.0000}"), ("q", "@q{0.0000}")]
+    cells = table.rename(columns={"n": "spectra", "n_groups": "groups"}).assign(interval=[f"{low:.3f} to {high:.3f}" for low, high in zip(table["low"], table["high"])])
+    fields = ["value", "spectra", "groups", "interval", "p", "q"]
+    tips = [("node", "@node"), ("label", "@label"), (STATISTICS[statistic], "@value{0.000}"), ("interval", "@interval"), ("spectra", "@spectra"), ("groups", "@groups"), ("p", "@p{0.0000}"), ("q", "@q{0.0000}")]
     heat = hv.HeatMap(cells, ["label", "node"], fields).opts(
-        backend="bokeh", tools=["hover", "tap"], hover_tooltips=tips, invert_yaxis=True, xrotation=35, height=height, responsive=True, colorbar=True,
+        backend="bokeh", tools=["hover", "tap"], hover_tooltips=tips, invert_yaxis=True, nonselection_alpha=1, xrotation=35, height=height, responsive=True, colorbar=True,
         toolbar=None, xlabel="", ylabel="", line_color="white", title=f"{STATISTICS[statistic]}; {_matrix_title(association, table, alpha)}", clabel=" ",
         clipping_colors={"NaN": MISSING}, fontsize={"title": "10pt"}, **options)
     return heat * _cell_text(table, statistic)
