@@ -34,7 +34,7 @@ from .nets import NetConfig, SpectrumNetwork, build_network, net_config
 from .objectives import Objective, masked_chi2, masked_l1, masked_l2, objective_from_json, objective_settings, objective_to_json
 from .prep import PrepRecipe
 
-# %% ../nbs/24_learner.ipynb #6126a879
+# %% ../nbs/24_learner.ipynb #7a25c55e
 class ReconstructionLoss:
     "How far the output of a `SpectrumNetwork` is from the spectrum; the disentanglement terms come by callback."
     def __init__(self,
@@ -48,10 +48,12 @@ class ReconstructionLoss:
         **kwargs, # of fastai, without effect
     )->torch.Tensor: # () loss
         if self.kind == "chi2": return masked_chi2(pred[0], flux, ivar)
-        return (masked_l1 if self.kind == "l1" else masked_l2)(*pred[4:7])
+        output, target, weight = pred[4:7]
+        mean_weight = weight.sum()/(weight > 0).sum().clamp_min(1)
+        return mean_weight*(masked_l1 if self.kind == "l1" else masked_l2)(output, target, weight)
 
-# %% ../nbs/24_learner.ipynb #efc25240
-_OPTIMISER = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))
+# %% ../nbs/24_learner.ipynb #e0367acd
+_OPTIMISER = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=(0.9, 0.99), fused=True))
 
 def _fresh_network(net, n_pixels, seed):
     "A network given by name, settings or itself."
@@ -65,7 +67,7 @@ def _check_length(model, dls):
     n_own, n_data = model.config.n_pixels, dls.train.dataset.n_pixels
     if n_own != n_data: raise ValueError(f"the network takes {n_own} pixels, the spectra have {n_data}: use net_config(..., n_pixels={n_data})")
 
-# %% ../nbs/24_learner.ipynb #3bcca4a4
+# %% ../nbs/24_learner.ipynb #93482a1a
 def spectrum_learner(
     dls, # of `spectrum_dataloaders`
     net:str|NetConfig|SpectrumNetwork="demo", # preset, settings, or a network that goes on training
@@ -83,7 +85,7 @@ def spectrum_learner(
     objective = objective_settings(objective)
     model = _fresh_network(net, dls.train.dataset.n_pixels, seed).set_precision(precision)
     _check_length(model, dls)
-    if not model.frontend.fitted: model.frontend.fit(dls.train.new(shuffle=False, device="cpu"))
+    model.fit_frontend(dls.train.new(shuffle=True, device="cpu"))
     own = [DisentangleCallback(objective), EpochSeed(seed), StopOnNaN(), GradientClip(1.)]
     settings = dict(loss_func=ReconstructionLoss(objective.reconstruction), opt_func=_OPTIMISER, lr=lr, wd=wd, moms=(0.9, 0.9, 0.9), path=path)
     return Learner(dls, model, cbs=own + list(cbs), **(settings | kwargs))

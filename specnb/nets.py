@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../nbs/21_nets.ipynb #ec58d1b9
+# %% ../nbs/21_nets.ipynb #c023143f
 @dataclass(frozen=True)
 class NetConfig:
     "Everything that decides the layers of a network."
@@ -27,7 +27,8 @@ class NetConfig:
     frontend:str = "lines" # "lines": line residual and continuum; "flux": one channel, as it is
     lowpass:float | None = None # width of the low-pass of "lines" [pixel]; None: n_pixels / 128
     floor:float = 0.02 # smallest continuum that "lines" divides by [median flux]
-    continuum_weight:float = 4. # weight of a pixel of the continuum beside one of the lines
+    continuum_weight:float = 2. # weight of a pixel of the continuum beside one of the lines
+    continuum_nodes:int = 3 # nodes that start as principal components of the continuum ("lines" only)
     channels:tuple = (32, 64, 64) # encoder channels
     kernels:tuple = (32, 9, 5) # encoder kernels [pixel]
     strides:tuple = (16, 4, 2) # encoder strides [pixel]
@@ -36,7 +37,7 @@ class NetConfig:
     decoder_widths:tuple = (256, 128) # dense layers of the decoder
     logvar_bias:float = -3. # log variance of every node before training
 
-# %% ../nbs/21_nets.ipynb #702c8aa6
+# %% ../nbs/21_nets.ipynb #a516ca59
 _CHOICES = dict(family=("vae", "paper"), frontend=("lines", "flux"), decoder=("lowrank", "conv"))
 
 def check_config(
@@ -51,6 +52,8 @@ def check_config(
         if not isinstance(value, int) or value < smallest: raise ValueError(f"{field}={value!r}: use an integer >= {smallest}")
     if not len(config.channels) == len(config.kernels) == len(config.strides) > 0:
         raise ValueError("channels, kernels and strides must have one entry for each layer of the encoder")
+    if not 0 <= config.continuum_nodes <= config.n_latent:
+        raise ValueError(f"continuum_nodes={config.continuum_nodes!r}: use 0 to n_latent={config.n_latent}")
     if config.frontend == "lines" and config.lowpass is not None and not 0 < config.lowpass < config.n_pixels:
         raise ValueError(f"lowpass={config.lowpass!r}: use a width between 0 and n_pixels")
     return config
@@ -187,7 +190,7 @@ def fit(self:LineFrontEnd,
     self.is_fitted.fill_(True)
     return self
 
-# %% ../nbs/21_nets.ipynb #1b0ac4be
+# %% ../nbs/21_nets.ipynb #773f994a
 class SpectrumNetwork(nn.Module):
     "A front end, an encoder to normal distributions, and a decoder."
     def __init__(self,
@@ -200,6 +203,9 @@ class SpectrumNetwork(nn.Module):
 
     def encode_channels(self, channels): raise NotImplementedError
     def decode_channels(self, z): raise NotImplementedError
+    def fit_frontend(self, batches): # numbers that are measured on training spectra, not learned
+        if not self.frontend.fitted: self.frontend.fit(batches)
+        return self
     def _autocast(self, x): return torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def _rows(self, values):
@@ -385,9 +391,9 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z): return self.layers(z)[..., :self.n_pixels]
 
-# %% ../nbs/21_nets.ipynb #152d14b3
+# %% ../nbs/21_nets.ipynb #148c9334
 class SpectrumVAE(SpectrumNetwork):
-    "A convolutional encoder with either decoder."
+    "A convolutional encoder with either decoder; its first nodes start as principal components of the continuum."
     def __init__(self,
         config:NetConfig, # settings with family "vae"
     ):
@@ -395,17 +401,52 @@ class SpectrumVAE(SpectrumNetwork):
         self.encoder = ConvEncoder(config, self.frontend.n_channels)
         build = dict(lowrank=lowrank_decoder, conv=ConvDecoder)[config.decoder]
         self.decoder = build(config, self.frontend.n_channels)
+        self.n_start = config.continuum_nodes if config.frontend == "lines" else 0
+        self.register_buffer("components", torch.zeros(self.n_start, config.n_pixels)) # unit vectors
+        self.register_buffer("component_scale", torch.ones(self.n_start)) # standard deviation of their scores
 
-    def encode_channels(self, channels): return self.encoder(channels)
-    def decode_channels(self, z): return self.decoder(z)
+    def encode_channels(self, channels):
+        mean, logvar = self.encoder(channels)
+        if self.n_start == 0: return mean, logvar
+        scores = channels[:, 1] @ self.components.T / self.component_scale
+        return torch.cat((mean[:, :self.n_start] + scores, mean[:, self.n_start:]), 1), logvar
 
-# %% ../nbs/21_nets.ipynb #32adac61
+    def decode_channels(self, z):
+        channels = self.decoder(z)
+        if self.n_start == 0: return channels
+        start = (z[:, :self.n_start] * self.component_scale) @ self.components
+        return torch.stack((channels[:, 0], channels[:, 1] + start), 1)
+
+# %% ../nbs/21_nets.ipynb #de60d093
+@patch
+@torch.no_grad()
+def fit_frontend(self:SpectrumVAE,
+    batches, # iterable of (flux, ivar, ...), each (batch, pixel), that can be walked through twice
+)->SpectrumVAE: # itself
+    "Fit the front end, then the components of the continuum, unless it has been done."
+    if self.frontend.fitted: return self
+    self.frontend.fit(batches)
+    if self.n_start == 0: return self
+    rows, wanted = [], max(min(1024, 64_000_000//self.config.n_pixels), 4*self.n_start)
+    for flux, ivar, *_ in batches:
+        rows.append(self.frontend(flux.to(self.components.device), ivar.to(self.components.device))[0][:, 1])
+        if sum(map(len, rows)) >= wanted: break
+    continuum = torch.cat(rows)[:wanted].double()
+    values, vectors = torch.linalg.eigh(continuum @ continuum.T) # ascending
+    components = (vectors[:, -self.n_start:].T @ continuum / values[-self.n_start:].clamp_min(1e-9).sqrt()[:, None]).flip(0)
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    self.components.copy_(components*largest.sign())
+    self.component_scale.copy_((values[-self.n_start:].flip(0)/len(continuum)).clamp_min(1e-9).sqrt())
+    self.encoder.mean.weight[:self.n_start], self.encoder.mean.bias[:self.n_start] = 0., 0.
+    return self
+
+# %% ../nbs/21_nets.ipynb #a12940df
 PRESETS = {
     "paper": NetConfig(preset="paper", family="paper", n_pixels=327_680, n_latent=128, frontend="flux"),
     "paper_scaled": NetConfig(preset="paper_scaled", family="paper", n_latent=128, frontend="flux"),
     "demo": NetConfig(),
     "demo_conv": NetConfig(preset="demo_conv", decoder="conv"),
-    "tiny": NetConfig(preset="tiny", n_pixels=512, n_latent=6, channels=(8, 16), kernels=(9, 5), strides=(8, 4), hidden=32, decoder_widths=(32, 16)),
+    "tiny": NetConfig(preset="tiny", n_pixels=512, n_latent=6, continuum_nodes=2, channels=(8, 16), kernels=(9, 5), strides=(8, 4), hidden=32, decoder_widths=(32, 16)),
 }
 
 def net_config(

@@ -145,7 +145,7 @@ def test_masked_pixels_are_invisible():
     flux, ivar = spectra()
     ivar[:, 250:300] = 0
     model = build_network(net_config("tiny", n_pixels=600)).eval()
-    model.frontend.fit([(flux, ivar)])
+    model.fit_frontend([(flux, ivar)])
     with torch.no_grad():
         codes = [model.encode(torch.where(ivar > 0, flux, value), ivar)[0] for value in (0., -5., 1e4, float("nan"), float("inf"))]
     for code in codes[1:]: assert torch.equal(code, codes[0])
@@ -164,7 +164,7 @@ def test_decoding_does_not_invent_what_was_never_measured():
     flux, ivar = spectra()
     ivar[:, :60] = 0
     model = build_network(net_config("tiny", n_pixels=600)).eval()
-    model.frontend.fit([(flux, ivar)])
+    model.fit_frontend([(flux, ivar)])
     with torch.no_grad(): made = model.decode(torch.randn(4, 6))
     assert (made[:, :60] == 0).all() and (made[:, 60:] != 0).any()
 
@@ -173,7 +173,7 @@ def test_overfits_one_batch():
     torch.manual_seed(0)
     flux, ivar = spectra(6)
     model = build_network(net_config("tiny", n_pixels=600)).eval()
-    model.frontend.fit([(flux, ivar)])
+    model.fit_frontend([(flux, ivar)])
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     for step in range(400):
         output = model(flux, ivar)
@@ -188,7 +188,7 @@ def test_overfits_one_batch():
 def test_cuda_equals_cpu():
     flux, ivar = spectra()
     model = build_network(net_config("tiny", n_pixels=600)).eval()
-    model.frontend.fit([(flux, ivar)])
+    model.fit_frontend([(flux, ivar)])
     with torch.no_grad():
         cpu = model.encode(flux, ivar)[0]
         gpu = model.cuda().encode(flux.cuda(), ivar.cuda())[0].cpu()
