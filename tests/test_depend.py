@@ -155,13 +155,15 @@ def null_p(rng, sizes, wander, n_tables, **settings):
 @pytest.mark.parametrize("sizes, wander", [(np.full(60, 10), False), (np.r_[np.full(30, 2), np.full(20, 25)], False), (np.full(40, 10), True), (np.r_[1:31], True)],
                          ids=["equal", "unequal", "equal wandering", "unequal wandering"])
 def test_null_is_uniform_when_groups_are_exchanged(sizes, wander):
-    rng = np.random.default_rng(1)
-    results = null_p(rng, sizes, wander, 12)
+    """Only pairs (node i, label i) are compared with the uniform distribution: all pairs of a table share their columns and permutations,
+    so they are no independent sample, and the test of Kolmogorov and Smirnov would reject too often."""
+    rng = np.random.default_rng(0)
+    results = null_p(rng, sizes, wander, 16)
     for name in ("p", "p_spearman"):
-        p = np.concatenate([r[name].values.ravel() for r in results])
+        p = np.concatenate([np.diagonal(r[name].values) for r in results])
         assert stats.kstest(p - rng.random(p.size) / 200, "uniform").pvalue > 0.01
         assert (p <= 0.05).mean() < 0.085
-    assert sum((r.q < 0.05).any().item() for r in results) <= 3
+    assert sum((r.q < 0.05).any().item() for r in results) <= 3 # of 16; 0.8 are expected, more than 3 once in a hundred times
 
 
 def test_exchanging_exposures_is_wrong(rng):
