@@ -204,7 +204,7 @@ def spectrum_view(
         panels.append(trace_panel(grid, below, "Residual [sigma]", spans, n_points, height=170, show_legend=False))
     return hv.Layout(panels).cols(1)
 
-# %% ../nbs/40_plots.ipynb #b93a4083
+# %% ../nbs/40_plots.ipynb #4e6440ca
 def _still_lines(ax, wavelength, lines, spans=None, ylabel=""):
     for name, (values, color) in lines.items():
         ax.plot(*reduce_line(wavelength.values, values, n_points=1600), color=color, lw=0.8, label=name)
@@ -213,7 +213,11 @@ def _still_lines(ax, wavelength, lines, spans=None, ylabel=""):
     ax.set_ylabel(ylabel)
     ax.grid(alpha=0.25)
 
-# %% ../nbs/40_plots.ipynb #b41d8279
+def _legend_above(ax, title, pad=4):
+    ax.set_title(title, fontsize=9, loc="left", pad=pad)
+    ax.legend(frameon=False, fontsize=7, ncols=5, loc="lower right", bbox_to_anchor=(1, 0.99), borderaxespad=0, columnspacing=1, handlelength=1.4)
+
+# %% ../nbs/40_plots.ipynb #02c8475b
 def spectrum_figure(
     spectrum:xr.Dataset,            # (wavelength,) from `one_spectrum`
     reconstruction:np.ndarray=None, # (wavelength,) in the unit of the flux
@@ -225,9 +229,8 @@ def spectrum_figure(
     axes = np.atleast_1d(axes)
     lines = {name: (traces[name].values, PALETTE[name]) for name in ("flux", "reconstruction") if name in traces}
     _still_lines(axes[0], grid, lines, spans, axis_label(spectrum["flux"], "Flux"))
-    axes[0].set_title(traces.title, fontsize=10)
+    _legend_above(axes[0], traces.title)
     if two:
-        axes[0].legend(frameon=False, loc="lower right", ncols=2, fontsize=8)
         _still_lines(axes[1], grid, {"residual": (traces["residual"].values, PALETTE["residual"])}, spans, "Residual [sigma]")
     axes[-1].set_xlabel(axis_label(grid, "Wavelength"))
     return figure
@@ -501,17 +504,17 @@ def traversal_view(
         panels.append(trace_panel(traversal["wavelength"], below, axis_label(response, "Response"), height=170, show_legend=False))
     return hv.Layout(panels).cols(1)
 
-# %% ../nbs/40_plots.ipynb #a950b38d
+# %% ../nbs/40_plots.ipynb #4b5107ea
 def _ramp(values):
     place = np.linspace(0, 1, len(values))
     return [to_hex(colormaps["coolwarm"](where)) for where in place]
 
 def _traversal_title(traversal):
-    node = traversal.attrs.get("node", traversal.coords.get("latent", traversal.coords.get("node")))
+    node = traversal.attrs.get("node")
     low, high = float(traversal["value"].min()), float(traversal["value"].max())
     return ("" if node is None else f"{node_name(int(node))}, ") + f"from {low:+.2f} to {high:+.2f}"
 
-# %% ../nbs/40_plots.ipynb #064e80b2
+# %% ../nbs/40_plots.ipynb #53a043fe
 def traversal_figure(
     traversal:xr.DataArray,     # (value, wavelength) from `specnb.traverse.traverse`
     response:xr.DataArray=None, # (wavelength,) from `specnb.traverse.response`
@@ -522,9 +525,8 @@ def traversal_figure(
     axes = np.atleast_1d(axes)
     lines = {f"{value:+.2f}": (row.values, color) for value, row, color in zip(traversal["value"].values, traversal, _ramp(traversal["value"].values))}
     _still_lines(axes[0], traversal["wavelength"], lines, ylabel=axis_label(traversal, "Decoded flux"))
-    axes[0].set_title(_traversal_title(traversal), fontsize=10)
-    axes[0].legend(frameon=False, fontsize=7, ncols=len(lines), loc="lower left")
-    if two: _still_lines(axes[1], traversal["wavelength"], {"response": (response.values, PALETTE["accent"])}, ylabel=axis_label(response, "Response"))
+    _legend_above(axes[0], _traversal_title(traversal))
+    if two: _still_lines(axes[1], traversal["wavelength"], {"response": (response.values, PALETTE["accent"])}, ylabel=axis_label(response, "Response").replace(" [", "\n["))
     axes[-1].set_xlabel(axis_label(traversal["wavelength"], "Wavelength"))
     return figure
 
@@ -564,7 +566,7 @@ def neighbour_view(
               trace_panel(grid, differences, "Neighbour - query", height=190, show_legend=False)]
     return hv.Layout(panels).cols(1)
 
-# %% ../nbs/40_plots.ipynb #e01aef23
+# %% ../nbs/40_plots.ipynb #3ecf92aa
 def neighbour_figure(
     spectra:xr.Dataset,      # (spectrum, wavelength) `flux`, `ivar`
     query:int|str,           # position or id of the query
@@ -576,8 +578,7 @@ def neighbour_figure(
     lines, differences = neighbour_traces(spectra, query, neighbours, n_most)
     figure, (above, below) = _figure(2, size=(7.2, 3.8), sharex=True, height_ratios=[1.6, 1])
     _still_lines(above, spectra["wavelength"], lines, ylabel="Flux [median = 1]")
-    above.set_title(f"Nearest to {_title(one_spectrum(spectra, query))}", fontsize=10)
-    above.legend(frameon=False, fontsize=7, ncols=3, loc="lower left")
+    _legend_above(above, f"Nearest to {_title(one_spectrum(spectra, query))}", pad=15)
     _still_lines(below, spectra["wavelength"], differences, ylabel="Neighbour - query")
     below.set_xlabel(axis_label(spectra["wavelength"], "Wavelength"))
     return figure
