@@ -126,7 +126,7 @@ def after_validate(self:DisentangleCallback):
         if isinstance(metric, TermMetric) and metric.callback is self and metric.name == "n_active":
             metric.total, metric.count = float((kl > self.active_kl).sum()), 1
 
-# %% ../nbs/23_callbacks.ipynb #4cbd630b
+# %% ../nbs/23_callbacks.ipynb #c6ec95df
 @patch
 def plot_nodes(self:DisentangleCallback,
     ax:plt.Axes|None=None, # where to draw
@@ -139,7 +139,8 @@ def plot_nodes(self:DisentangleCallback,
         ax.plot(np.arange(1, len(kl) + 1), values, marker=".", lw=1.5 if alive else 0.7, color=None if alive else "0.7", label=f"node {node}" if alive else None)
     ax.axhline(self.active_kl, color="0.3", lw=0.7, ls=":")
     ax.set(xlabel="epoch", ylabel="KL [nat]")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.figure.tight_layout()
     return ax
 
 # %% ../nbs/23_callbacks.ipynb #5e3eaad7

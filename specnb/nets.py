@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'NetConfig', 'check_config', 'FluxFrontEnd', 'LineFrontEnd', 'SpectrumNetwork', 'paper_stages',
            'PaperNetwork', 'paper_network', 'n_parameters', 'load_reference_state', 'ConvEncoder', 'lowrank_decoder',
-           'ConvDecoder', 'SpectrumVAE', 'net_config', 'build_network']
+           'ConvDecoder', 'independent_axes', 'SpectrumVAE', 'whitened_components', 'continuum_components',
+           'net_config', 'build_network']
 
 # %% ../nbs/21_nets.ipynb #7c0e0947
 import json
@@ -16,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../nbs/21_nets.ipynb #c023143f
+# %% ../nbs/21_nets.ipynb #54e39a52
 @dataclass(frozen=True)
 class NetConfig:
     "Everything that decides the layers of a network."
@@ -28,7 +29,7 @@ class NetConfig:
     lowpass:float | None = None # width of the low-pass of "lines" [pixel]; None: n_pixels / 128
     floor:float = 0.02 # smallest continuum that "lines" divides by [median flux]
     continuum_weight:float = 2. # weight of a pixel of the continuum beside one of the lines
-    continuum_nodes:int = 3 # nodes that start as principal components of the continuum ("lines" only)
+    continuum_nodes:int = 3 # nodes that start as independent components of the continuum ("lines" only)
     channels:tuple = (32, 64, 64) # encoder channels
     kernels:tuple = (32, 9, 5) # encoder kernels [pixel]
     strides:tuple = (16, 4, 2) # encoder strides [pixel]
@@ -391,9 +392,26 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z): return self.layers(z)[..., :self.n_pixels]
 
-# %% ../nbs/21_nets.ipynb #148c9334
+# %% ../nbs/21_nets.ipynb #567bc07a
+def independent_axes(
+    scores:torch.Tensor, # (row, component) centred, decorrelated, with unit variance
+    n_iterations:int=300, # at most
+)->torch.Tensor: # (component, component) rotation: scores @ rotation.T are as independent as a rotation makes them
+    "Rotation of whitened scores to independent ones, by symmetric fixed-point iteration [Hyvarinen & Oja 2000]."
+    rotation = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
+    for _ in range(n_iterations):
+        contrast = torch.tanh(scores @ rotation.T)
+        step = contrast.T @ scores / len(scores) - (1 - contrast.square()).mean(0)[:, None] * rotation
+        u, _, v = torch.linalg.svd(step)
+        turned = u @ v
+        converged = ((turned * rotation).sum(1).abs() - 1).abs().max() < 1e-9
+        rotation = turned
+        if converged: break
+    return rotation
+
+# %% ../nbs/21_nets.ipynb #2b581d4e
 class SpectrumVAE(SpectrumNetwork):
-    "A convolutional encoder with either decoder; its first nodes start as principal components of the continuum."
+    "A convolutional encoder with either decoder; its first nodes start as independent components of the continuum."
     def __init__(self,
         config:NetConfig, # settings with family "vae"
     ):
@@ -402,22 +420,55 @@ class SpectrumVAE(SpectrumNetwork):
         build = dict(lowrank=lowrank_decoder, conv=ConvDecoder)[config.decoder]
         self.decoder = build(config, self.frontend.n_channels)
         self.n_start = config.continuum_nodes if config.frontend == "lines" else 0
-        self.register_buffer("components", torch.zeros(self.n_start, config.n_pixels)) # unit vectors
-        self.register_buffer("component_scale", torch.ones(self.n_start)) # standard deviation of their scores
+        for name in ("mixing", "unmixing"): self.register_buffer(name, torch.zeros(self.n_start, config.n_pixels))
 
     def encode_channels(self, channels):
         mean, logvar = self.encoder(channels)
         if self.n_start == 0: return mean, logvar
-        scores = channels[:, 1] @ self.components.T / self.component_scale
-        return torch.cat((mean[:, :self.n_start] + scores, mean[:, self.n_start:]), 1), logvar
+        return torch.cat((mean[:, :self.n_start] + channels[:, 1] @ self.unmixing.T, mean[:, self.n_start:]), 1), logvar
 
     def decode_channels(self, z):
         channels = self.decoder(z)
         if self.n_start == 0: return channels
-        start = (z[:, :self.n_start] * self.component_scale) @ self.components
-        return torch.stack((channels[:, 0], channels[:, 1] + start), 1)
+        return torch.stack((channels[:, 0], channels[:, 1] + z[:, :self.n_start] @ self.mixing), 1)
 
-# %% ../nbs/21_nets.ipynb #de60d093
+# %% ../nbs/21_nets.ipynb #a85a0c59
+def _gaussian(values, width):
+    "Gaussian smoothing of rows, zero-padded."
+    n_pixels = values.shape[-1]
+    n_fft = 2 ** math.ceil(math.log2(n_pixels + 4 * width))
+    frequency = torch.fft.rfftfreq(n_fft, dtype=values.dtype, device=values.device)
+    response = torch.exp(-2 * (math.pi * width * frequency)**2)
+    return torch.fft.irfft(torch.fft.rfft(values, n_fft) * response, n_fft)[..., :n_pixels]
+
+def whitened_components(
+    rows:torch.Tensor, # (row, pixel) centred rows
+    n_components:int, # how many
+)->torch.Tensor: # (component, pixel) directions whose scores, rows @ directions.T, have unit variance and no correlation
+    "Principal directions of rows, scaled to unit variance."
+    values, vectors = torch.linalg.eigh(rows @ rows.T) # ascending
+    values, vectors = values[-n_components:].clamp_min(1e-8*len(rows)), vectors[:, -n_components:]
+    return vectors.T @ rows * len(rows)**0.5 / values[:, None]
+
+# %% ../nbs/21_nets.ipynb #d9b1468a
+def continuum_components(
+    continuum:torch.Tensor, # (row, pixel) centred continuum channel
+    n_components:int, # how many
+    width:float, # further smoothing before components are sought [pixel]
+)->tuple[torch.Tensor, torch.Tensor]: # mixing and unmixing, each (component, pixel): scores = continuum @ unmixing.T
+    "Independent components of smoothed continua, sorted by the variance that they explain."
+    norm = _gaussian(torch.ones_like(continuum[:1]), width)
+    directions = whitened_components(_gaussian(continuum, width)/norm, n_components)
+    directions = _gaussian(directions/norm, width) # smoothing, transposed
+    scores = continuum @ directions.T
+    rotation = independent_axes((scores - scores.mean(0))/scores.std(0).clamp_min(1e-6))
+    unmixing = rotation @ directions
+    mixing = (continuum @ unmixing.T).T @ continuum / len(continuum)
+    sign = mixing.gather(1, mixing.abs().argmax(1, keepdim=True)).sign()
+    order = mixing.square().sum(1).argsort(descending=True)
+    return (mixing*sign)[order], (unmixing*sign)[order]
+
+# %% ../nbs/21_nets.ipynb #3abeba1b
 @patch
 @torch.no_grad()
 def fit_frontend(self:SpectrumVAE,
@@ -427,16 +478,12 @@ def fit_frontend(self:SpectrumVAE,
     if self.frontend.fitted: return self
     self.frontend.fit(batches)
     if self.n_start == 0: return self
-    rows, wanted = [], max(min(1024, 64_000_000//self.config.n_pixels), 4*self.n_start)
+    device, rows, wanted = self.mixing.device, [], max(min(2048, 64_000_000//self.config.n_pixels), 4*self.n_start)
     for flux, ivar, *_ in batches:
-        rows.append(self.frontend(flux.to(self.components.device), ivar.to(self.components.device))[0][:, 1])
+        rows.append(self.frontend(flux.to(device), ivar.to(device))[0][:, 1])
         if sum(map(len, rows)) >= wanted: break
-    continuum = torch.cat(rows)[:wanted].double()
-    values, vectors = torch.linalg.eigh(continuum @ continuum.T) # ascending
-    components = (vectors[:, -self.n_start:].T @ continuum / values[-self.n_start:].clamp_min(1e-9).sqrt()[:, None]).flip(0)
-    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-    self.components.copy_(components*largest.sign())
-    self.component_scale.copy_((values[-self.n_start:].flip(0)/len(continuum)).clamp_min(1e-9).sqrt())
+    mixing, unmixing = continuum_components(torch.cat(rows)[:wanted].double(), self.n_start, self.config.n_pixels/16)
+    self.mixing.copy_(mixing); self.unmixing.copy_(unmixing)
     self.encoder.mean.weight[:self.n_start], self.encoder.mean.bias[:self.n_start] = 0., 0.
     return self
 
