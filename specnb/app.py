@@ -42,7 +42,7 @@ def check_parts(
     if wavelength is not None and made.shape != (1, len(wavelength)):
         raise ValueError(f"decode returns shape {made.shape}, but the grid has {len(wavelength)} pixels: take decoder and grid from the same bundle")
 
-# %% ../nbs/41_app.ipynb #ef5c76a7
+# %% ../nbs/41_app.ipynb #464e7235
 class Inspector(Viewer):
     "State and wiring of the latent inspector; shows itself in a notebook and has `.servable()`."
     row = param.Integer(default=0, doc="position of the chosen spectrum")
@@ -57,7 +57,7 @@ class Inspector(Viewer):
         check_parts(latents, decode, wavelength)
         self.latents, self.association, self.dimensions, self.decode = latents, association, dimensions, decode
         self.spectra, self.wavelength, self.recipe, self.history, self.title = spectra, wavelength, recipe, history, title
-        self.mean, self._drawn = latents["mean"].values.astype(float), {}
+        self.mean, self._drawn, self._quantiles = latents["mean"].values.astype(float), {}, {}
         self.places, self.nodes = {int(node): place for place, node in enumerate(latents["latent"].values)}, shown_nodes(latents, dimensions)
         first = int(np.flatnonzero(np.isfinite(self.mean).all(1))[0])
         node, label = _first_pair(association, self.nodes)
@@ -261,7 +261,7 @@ def redraw_code(
         source.data = {column: x if column == "wavelength" else y for column in source.data}
         plot.push()
 
-# %% ../nbs/41_app.ipynb #7716dfbd
+# %% ../nbs/41_app.ipynb #c37c9939
 PERCENTS = np.linspace(0.5, 99.5, 199)
 TEXT = "label" if "label" in pn.widgets.FloatSlider.param else "name"   # Panel has renamed the words on a widget and its colour
 
@@ -275,8 +275,8 @@ def quantiles(
     node:int,      # number of the node
 )->np.ndarray:     # (199,) node values at `PERCENTS` [latent unit]
     "What a slider of this node runs over."
-    if not hasattr(self, "_quantiles"): self._quantiles = np.nanpercentile(self.mean, PERCENTS, axis=0)
-    return self._quantiles[:, self.places[node]]
+    if node not in self._quantiles: self._quantiles[node] = np.nanpercentile(self.mean[:, self.places[node]], PERCENTS)
+    return self._quantiles[node]
 
 @patch
 def slider_name(

@@ -10,13 +10,14 @@ __all__ = ['PALETTE', 'CYCLE', 'STATISTICS', 'CRITERIA', 'axis_label', 'empty_vi
            'neighbour_traces', 'neighbour_view', 'neighbour_figure', 'history_terms', 'history_view', 'history_figure',
            'dimension_table', 'dimensions_view', 'dimensions_figure']
 
-# %% ../nbs/40_plots.ipynb #1d3d4f48
+# %% ../nbs/40_plots.ipynb #d71f4e2a
 from io import BytesIO
 import holoviews as hv
 import holoviews.plotting.bokeh
 import numpy as np
 import pandas as pd
 import xarray as xr
+from datashader.reductions import count, mean
 from holoviews.operation.datashader import dynspread, rasterize
 from holoviews.streams import RangeX
 from matplotlib import colormaps
@@ -436,7 +437,7 @@ def latent_scatter(
     settings = _LINE_TOOLS | dict(height=height, tools=["pan", "wheel_zoom", "box_zoom"], show_legend=False, title=shade, fontsize={"title": "10pt"})
     return hv.Overlay(layers).collate().opts(**settings)
 
-# %% ../nbs/40_plots.ipynb #266543f0
+# %% ../nbs/40_plots.ipynb #6019e5c0
 def _categories(values):
     names = pd.Series(values).astype(str)
     common = names.value_counts().index[:len(CYCLE) - 1]
@@ -453,7 +454,7 @@ def _points(table, dims, coloured):
 def _shaded(table, dims, coloured):
     numeric = coloured and pd.api.types.is_numeric_dtype(table["color"])
     points = hv.Points(table, dims, ["color"] if numeric else [])
-    image = rasterize(points, aggregator="mean" if numeric else "count", **({"column": "color"} if numeric else {}))
+    image = rasterize(points, aggregator=mean("color") if numeric else count())
     return dynspread(image, max_px=3, threshold=0.8).opts(
         backend="bokeh", cmap="viridis", colorbar=True, cnorm="linear" if numeric else "log", clabel=" ", clipping_colors={"NaN": "transparent"})
 
