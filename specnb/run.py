@@ -73,11 +73,12 @@ def store(self:Run): # folder of the training spectra, or None if it has moved
     path = (self.path / self.config["extra"]["run"]["store"]).resolve()
     return path if (path / "zarr.json").exists() else None
 
-# %% ../nbs/50_run.ipynb #84fd7c00
+# %% ../nbs/50_run.ipynb #bc311cfb
 def open_run(
-    path # run folder
+    path # run folder, or a run that is open already
 ) -> Run: # its parts, read on demand
     "Open a run folder; `RunError` if it is none."
+    if isinstance(path, Run): return path
     run = Run(path)
     if not run.path.is_dir(): raise RunError(f"{run.path} is not a folder: specnb train STORE RUN makes one")
     if not (run.path / "config.json").exists(): raise RunError(f"{run.path} holds no config.json: it is no run folder, or its training has not finished; run train again to resume")
@@ -248,9 +249,9 @@ def write_pages(
     (opened.path / "report.html").write_text(page, encoding="utf-8")
     (opened.path / "inspect.ipynb").write_text(json.dumps(inspect_notebook(), indent=1), encoding="utf-8")
 
-# %% ../nbs/50_run.ipynb #37f05445
+# %% ../nbs/50_run.ipynb #2026ae16
 def inspect_app(
-    run # run folder
+    run # run folder, or an open run
 ): # a Panel object
     "The latent inspector of a run."
     opened = open_run(run)
@@ -265,8 +266,9 @@ def inspect(
     show:bool=True # open a browser
 ):
     "Serve the inspector on localhost until interrupted."
-    open_run(run).association # an incomplete run is an error before the server starts
-    return serve(lambda: inspect_app(run), port=port, show=show)
+    opened = open_run(run)
+    for part in ("latents", "dimensions", "association", "decode"): getattr(opened, part) # a missing part is an error before the server starts
+    return serve(lambda: inspect_app(opened), port=port, show=show)
 
 # %% ../nbs/50_run.ipynb #72be075e
 def repeat(
