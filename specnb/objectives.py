@@ -157,12 +157,12 @@ def mmd(
     within_prior = (_gaussian_kernel(prior, prior, width).sum() - m) / max(m * (m - 1), 1)
     return within_z + within_prior - 2 * _gaussian_kernel(z, prior, width).mean()
 
-# %% ../nbs/22_objectives.ipynb #a3950d8d
+# %% ../nbs/22_objectives.ipynb #9085153a
 @dataclass(frozen=True)
 class Objective:
     "The terms of a training objective and their weights."
     reconstruction:str = "l2" # "l2" or "l1" on the front end's channels, "chi2" on the flux
-    beta_start:float = 2e-3 # weight of the divergence [per nat] at the first step
+    beta_start:float = 8e-3 # weight of the divergence [per nat] at the first step
     beta_end:float = 2e-4 # and after the schedule
     schedule_fraction:float = 0.6 # share of the steps over which beta moves, 0 = constant beta_end
     schedule:str = "geometric" # "geometric", "linear" or "cosine"
@@ -210,13 +210,13 @@ def objective_to_json(
     "Settings as JSON."
     return json.dumps(asdict(objective))
 
-# %% ../nbs/22_objectives.ipynb #4db1f910
+# %% ../nbs/22_objectives.ipynb #f190c57a
 OBJECTIVES = {
     "beta_tcvae": Objective(),
     "beta_vae": Objective(beta_start=1e-3, beta_end=1e-3, schedule_fraction=0., total_correlation=0.),
     "beta_vae_warmup": Objective(beta_start=1e-6, beta_end=1e-3, schedule_fraction=0.3, schedule="linear", total_correlation=0.),
     "capacity": Objective(beta_start=1e-2, beta_end=1e-2, schedule_fraction=0.6, total_correlation=0., divergence=0., capacity=25.),
-    "dip_vae": Objective(total_correlation=0., dip=20.),
+    "dip_vae": Objective(beta_start=2e-3, total_correlation=0., dip=20.),
     "mmd": Objective(beta_start=1e-2, beta_end=1e-2, schedule_fraction=0., total_correlation=0., divergence=0., mmd=1.),
     "autoencoder": Objective(beta_start=0., beta_end=0., schedule_fraction=0., total_correlation=0.),
 }
