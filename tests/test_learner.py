@@ -226,14 +226,17 @@ def test_killed_process_resumes(tmp_path):
         with learn.no_bar(), learn.no_logging(): fit_resumable(learn, 4, sys.argv[1])
         print(sum(float(p.double().sum()) for p in learn.model.parameters()).hex())
     """)
-    def call(folder, word):
-        return subprocess.run([sys.executable, "-c", script, str(tmp_path/folder), word], capture_output=True, text=True, timeout=120,
-                              cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    killed = call("run", "kill")
-    assert killed.returncode == -signal.SIGKILL
-    resumed, straight = call("run", "go"), call("straight", "go")
-    assert resumed.returncode == straight.returncode == 0, resumed.stderr
-    assert resumed.stdout == straight.stdout and resumed.stdout.startswith(("0x", "-0x"))
+    def start(folder, word):
+        return subprocess.Popen([sys.executable, "-c", script, str(tmp_path/folder), word], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    killed, straight = start("run", "kill"), start("straight", "go")
+    expected, errors = straight.communicate(timeout=200)
+    killed.communicate(timeout=200)
+    assert killed.returncode == -signal.SIGKILL and straight.returncode == 0, errors
+    resumed = start("run", "go")
+    found, errors = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, errors
+    assert found == expected and found.startswith(("0x", "-0x"))
 
 
 @pytest.fixture(scope="module")
