@@ -105,7 +105,7 @@ def simulate(
     survey = sample_survey(n_stars, exposures, seed, grid, random_labels=random_labels)
     return save_store(survey.assign_attrs(made), store, overwrite=overwrite)
 
-# %% ../nbs/50_run.ipynb #7a11c3ee
+# %% ../nbs/50_run.ipynb #82882c53
 def wanted_grid(
     start:float=None, stop:float=None, # first and last wavelength [Angstrom]
     n_pixels:int=None, # of a logarithmic grid
@@ -121,10 +121,11 @@ def ingest(
     store, # Zarr store to write or to add to
     *,
     start:float=None, stop:float=None, n_pixels:int=None, step:float=None, # the grid, as in `wanted_grid`; default: the store's, or chosen from the files
-    n_workers:int=None # processes; None: one a core
+    n_workers:int=None, # processes; None: one a core
+    progress:bool=True # show a bar
 ) -> IngestReport: # how many were read, and which were refused and why
     "Read spectra into one store on one grid; a broken file never stops the others."
-    return ingest_spectra(paths, store, wanted_grid(start, stop, n_pixels, step), n_workers=n_workers)
+    return ingest_spectra(paths, store, wanted_grid(start, stop, n_pixels, step), n_workers=n_workers, progress=progress)
 
 # %% ../nbs/50_run.ipynb #9637611d
 _PACKAGES = ("specnb", "torch", "fastai", "numpy", "xarray", "zarr", "scikit-learn", "numba", "holoviews", "panel", "astropy")
@@ -177,21 +178,22 @@ def _fit(ds, run, s, recipe, device):
     extra = dict(run={**s, "versions": versions(), "train_rows": len(dls.train.dataset)})
     return save_bundle(run, learn.model, wavelength=dls.train.dataset.wavelength, recipe=recipe, objective=objective_settings(s["objective"]), extra=extra)
 
-# %% ../nbs/50_run.ipynb #c5b955ed
+# %% ../nbs/50_run.ipynb #92cd401b
 def encode(
     run, # run folder
     store=None, # another store to encode; None: the one of the training
     *,
     out=None, # where to write; None: latents.zarr in the run folder
     bs:int=256, # spectra in a batch
-    device:str=None # "cpu", "cuda", ...
+    device:str=None, # "cpu", "cuda", ...
+    progress:bool=True # show a bar
 ) -> Path: # store of latents
     "Encode a store to latents; `ValueError` if it is on another grid than the network's."
     opened = open_run(run)
     source = Path(store) if store is not None else opened.store
     if source is None: raise RunError(f"the training store {opened.config['extra']['run']['store']} is not where it was: pass the store to encode")
     ds, s = open_store(source), opened.config["extra"]["run"]
-    latents = encode_spectra(opened.bundle, ds, bs=bs, device=device)
+    latents = encode_spectra(opened.bundle, ds, bs=bs, device=device, progress=progress)
     side = split_by_object(ds, s["valid"], s["test"], s["seed"], s["by"]) if fingerprint(ds) == s["store_fingerprint"] else np.full(ds.sizes["spectrum"], "new")
     latents = latents.assign_coords(split=("spectrum", np.asarray(side)))
     return save_store(latents, opened.path / "latents.zarr" if out is None else out, overwrite=True)
