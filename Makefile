@@ -17,10 +17,10 @@ RUN ?= demo
 	touch .venv/ready
 
 demo: .venv/ready
-	.venv/bin/python -m specnb.cli demo "$(RUN)"
+	.venv/bin/specnb demo "$(RUN)"
 
 test: .venv/ready
-	.venv/bin/python -m nbdev.test --n_workers $(WORKERS) --do_print
+	.venv/bin/nbdev_test --n_workers $(WORKERS) --do_print
 	.venv/bin/python -m pytest tests -n $(WORKERS) --dist loadfile
 
 docs: .venv/ready
