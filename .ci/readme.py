@@ -13,7 +13,7 @@ root = Path(__file__).resolve().parents[1]
 settings = ConfigParser(delimiters=["="])
 settings.read(root / "settings.ini")
 site = settings["DEFAULT"]["doc_host"] + settings["DEFAULT"]["doc_baseurl"]
-figure = Path("nbs") / "index_files" / "first_light.png"
+figure = Path("nbs") / "images" / "first_light.png"
 
 
 def cell_text(cell):

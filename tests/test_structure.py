@@ -318,3 +318,8 @@ def test_pages_can_be_prepared_for_the_site(copy):
     tool("nbdev_proc_nbs", copy)
     made = {p.stem for p in (copy / "_proc").rglob("*.ipynb")}
     assert {p.stem for p in PAGES} <= made, sorted({p.stem for p in PAGES} - made)
+
+
+def test_readme_is_made_from_the_index_page():
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
