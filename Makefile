@@ -19,6 +19,8 @@ RUN ?= demo
 demo: .venv/ready
 	.venv/bin/specnb demo "$(RUN)"
 
+# one thread a process, since the workers are as many as the cores
+test: export OMP_NUM_THREADS = 1
 test: .venv/ready
 	.venv/bin/nbdev_test --n_workers $(WORKERS) --do_print
 	.venv/bin/python -m pytest tests -n $(WORKERS) --dist loadfile
