@@ -646,16 +646,16 @@ def latent_table(
     if "latent" not in latents.coords: latents = latents.assign_coords(latent=np.arange(latents.sizes["latent"]))
     return latents
 
-# %% ../nbs/30_depend.ipynb #646ece1d
+# %% ../nbs/30_depend.ipynb #b4545c70
 def label_table(
     latents:xr.DataArray, # (spectrum, latent) with coordinates
     labels=None, # None: coordinates of role label or factor | names | dict | DataFrame | Dataset
 )->dict: # name -> (spectrum,) values
     "The label columns by name; ValueError naming what is missing or of the wrong length."
-    along = {name: c for name, c in latents.coords.items() if c.dims == ("spectrum",)}
+    along = {name: c for name, c in sorted(latents.coords.items()) if c.dims == ("spectrum",)} # coordinates have no order of their own
     if labels is None: labels = [name for name, c in along.items() if c.attrs.get("role") in ("label", "factor")]
     if isinstance(labels, str): labels = [labels]
-    if isinstance(labels, xr.Dataset): labels = {**{n: c for n, c in labels.coords.items() if c.attrs.get("role") in ("label", "factor")}, **labels.data_vars}
+    if isinstance(labels, xr.Dataset): labels = {**{n: c for n, c in sorted(labels.coords.items()) if c.attrs.get("role") in ("label", "factor")}, **labels.data_vars}
     if isinstance(labels, xr.DataArray): labels = {labels.name or "label": labels}
     if not hasattr(labels, "items"):
         unknown = [name for name in labels if name not in along]

@@ -122,12 +122,12 @@ def validate(
     _check_wavelength(ds); _check_ids(ds)
     return ds
 
-# %% ../nbs/01_spectra.ipynb #32a07ceb
+# %% ../nbs/01_spectra.ipynb #2224596e
 @xr.register_dataset_accessor("spec")
 class SpectraAccessor:
     "Spectra as astronomers ask for them: `ds.spec.labels`, `ds.spec.velocity_step`, `ds.spec.select_range(lo, hi)`, ..."
     def __init__(self, ds): self._ds = ds
-    def _role(self, role): return {n: c for n, c in self._ds.coords.items() if c.attrs.get("role") == role}
+    def _role(self, role): return {n: c for n, c in sorted(self._ds.coords.items()) if c.attrs.get("role") == role}
     @property
     def labels(self) -> dict: return self._role("label") # name -> DataArray (spectrum,)
     @property
@@ -173,7 +173,7 @@ def _rows_for(ds, chunk_rows):
     "Rows of a chunk: as asked, or about 16 MB of float32."
     return chunk_rows or int(np.clip(4_000_000 // ds.sizes.get("wavelength", 1), 1, 4096))
 
-# %% ../nbs/01_spectra.ipynb #ecffbf61
+# %% ../nbs/01_spectra.ipynb #1c7dd9fc
 def open_store(
     path # folder of the Zarr store
 ) -> xr.Dataset: # pixels lazy (dask), coordinates loaded
@@ -182,8 +182,8 @@ def open_store(
     if not (path / "zarr.json").exists(): raise FileNotFoundError(f"{path} is not a Zarr store (no zarr.json): write one with specnb.ingest.ingest or save_store")
     try: ds = xr.open_zarr(path, consolidated=False)
     except Exception as e: raise ContractError(f"{path} cannot be read as a Zarr store ({e}): restore it or write it again") from e
-    coords = {n: ds.coords[n].load() for n in sorted(ds.coords)} # a folder has no order of its own
-    ds = ds.drop_vars(coords).assign_coords({n: c.copy(data=_as_text(c.values)) if c.dtype.kind in "OT" else c for n, c in coords.items()})
+    coords = {n: c.load() for n, c in ds.coords.items()}
+    ds = ds.assign_coords({n: c.copy(data=_as_text(c.values)) if c.dtype.kind in "OT" else c for n, c in coords.items()})
     try: return validate_latents(ds) if "latent" in ds.dims else validate(ds)
     except ContractError as e: raise ContractError(f"{path}: {e}") from e
 

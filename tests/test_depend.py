@@ -195,7 +195,7 @@ def survey_table(rng, n_stars=80):
 def test_contract_and_round_trip(rng, tmp_path):
     latents = survey_table(rng)
     found = association(latents, groups="object", n_permutations=199)
-    assert found.mi.dims == ("latent", "label") and found.label.values.tolist() == ["teff", "instrument", "gap"] and found.latent.values.tolist() == [3, 7, 9]
+    assert found.mi.dims == ("latent", "label") and found.label.values.tolist() == ["gap", "instrument", "teff"] and found.latent.values.tolist() == [3, 7, 9]
     for name in "n n_groups pearson spearman spearman_low spearman_high mi mi_low mi_high p q p_family p_spearman flag gaussian_mi linfoot".split():
         assert name in found and "long_name" in found[name].attrs
     assert found.q.sel(latent=3, label="teff") < 0.05 < found.p.sel(latent=7, label="teff") or found.p.sel(latent=7, label="teff") > 0.005
