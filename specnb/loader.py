@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ready_rows', 'SpectrumRows', 'EmptyRows', 'epoch_groups', 'SpectrumLoader', 'split_rows', 'spectrum_dataloaders']
 
-# %% ../nbs/20_loader.ipynb #bd1cbf64
+# %% ../nbs/20_loader.ipynb #88aa6c7b
 from concurrent.futures import ThreadPoolExecutor
 
 import dask
@@ -20,6 +20,7 @@ from fastcore.basics import patch
 
 from .prep import PrepRecipe, prepare, split_by_object
 from .spectra import fingerprint
+from .wave import doppler_factor
 
 # %% ../nbs/20_loader.ipynb #42a5bc37
 def ready_rows(
@@ -97,7 +98,7 @@ def epoch_groups(
     groups.append(np.concatenate(group))
     return [rng.permutation(group) if shuffle else group for group in groups]
 
-# %% ../nbs/20_loader.ipynb #05fcb50e
+# %% ../nbs/20_loader.ipynb #fb6bfc50
 class SpectrumLoader(DataLoader):
     "Batches (flux, ivar, flux, ivar) of one split, each row once an epoch."
     def __init__(self,
@@ -111,7 +112,7 @@ class SpectrumLoader(DataLoader):
         **kwargs, # fastai's own, without effect here
     ):
         super().__init__(dataset, bs=bs, drop_last=drop_last, n=len(dataset), device=device)
-        self.shuffle, self.seed, self.buffer_rows, self.epoch = shuffle, seed, buffer_rows, 0
+        self.shuffle, self.seed, self.buffer_rows, self.epoch, self.positions = shuffle, seed, buffer_rows, 0, None
 
     n_inp = 2
     def new(self, dataset=None, cls=None, **kwargs):
@@ -144,16 +145,17 @@ def _read_ahead(read, groups):
             waiting = following
         if waiting is not None: yield waiting.result()
 
-# %% ../nbs/20_loader.ipynb #d58c804f
+# %% ../nbs/20_loader.ipynb #f76d40cb
 @patch
 def _pieces(self:SpectrumLoader):
-    "Arrays of at most one batch, cut from groups."
+    "Positions, flux and ivar of at most one batch, cut from groups."
+    def read(positions): return (positions, *self.dataset.take(positions))
     if self.dataset.cache is not None:
         order = np.concatenate(self._groups() or [np.zeros(0, np.int64)])
-        for start in range(0, len(order), self.bs): yield self.dataset.take(order[start:start + self.bs])
+        for start in range(0, len(order), self.bs): yield read(order[start:start + self.bs])
         return
     left = None
-    for group in _read_ahead(self.dataset.take, self._groups()):
+    for group in _read_ahead(read, self._groups()):
         if left is not None: group = tuple(np.concatenate(pair) for pair in zip(left, group))
         full = len(group[0]) // self.bs * self.bs
         for start in range(0, full, self.bs): yield tuple(values[start:start + self.bs] for values in group)
@@ -162,12 +164,47 @@ def _pieces(self:SpectrumLoader):
 
 @patch
 def __iter__(self:SpectrumLoader):
-    for flux, ivar in self._pieces():
+    for positions, flux, ivar in self._pieces():
         if self.drop_last and len(flux) < self.bs: continue
         flux, ivar = torch.from_numpy(flux), torch.from_numpy(ivar)
         if self.device is not None: flux, ivar = to_device((flux, ivar), self.device)
+        self.positions = positions
         yield flux, ivar, flux, ivar
     self.epoch += 1
+
+# %% ../nbs/20_loader.ipynb #caefac81
+@patch
+def coord(self:SpectrumRows,
+    name:str, # coordinate along `spectrum`
+)->np.ndarray: # (row,) its values, in the order of the split
+    "A coordinate of the split's spectra; raises ValueError where there is none of that name."
+    if name not in self.ds.coords or self.ds[name].dims != ("spectrum",):
+        known = [str(n) for n, values in self.ds.coords.items() if values.dims == ("spectrum",)]
+        raise ValueError(f"the spectra have no coordinate {name!r}, only {known}: add it to the Dataset or store")
+    if not hasattr(self, "_coords"): self._coords = {}
+    if name not in self._coords: self._coords[name] = self.ds[name].values[self.rows]
+    return self._coords[name]
+
+@patch
+def batch_coord(self:SpectrumLoader,
+    name:str, # coordinate along `spectrum`
+)->np.ndarray: # (batch,) its values
+    "A coordinate of the spectra in the batch that was handed out last."
+    return self.dataset.coord(name)[self.positions]
+
+# %% ../nbs/20_loader.ipynb #313ed251
+@patch
+def pixel_shift(self:SpectrumRows,
+    velocity, # radial velocity, positive for a receding source [km/s]; scalar or array
+): # shift towards the red, same shape [pixel]
+    "By how many pixels a Doppler shift moves a spectrum; raises ValueError where the grid is not uniform in log wavelength."
+    place = np.log(self.wavelength.values)
+    step = (place[-1] - place[0])/(len(place) - 1)
+    off = np.abs(place - place[0] - step*np.arange(len(place))).max()/step
+    if off > 0.02:
+        raise ValueError(f"the grid is not uniform in log wavelength (up to {off:.3g} pixels off), so a Doppler shift is not the same number of pixels everywhere: "
+                         "ingest the spectra onto specnb.wave.log_grid(start, stop, n_pixels), or resample them")
+    return np.log(doppler_factor(velocity))/step
 
 # %% ../nbs/20_loader.ipynb #6a2dfb92
 @patch
