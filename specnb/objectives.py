@@ -157,7 +157,7 @@ def mmd(
     within_prior = (_gaussian_kernel(prior, prior, width).sum() - m) / max(m * (m - 1), 1)
     return within_z + within_prior - 2 * _gaussian_kernel(z, prior, width).mean()
 
-# %% ../nbs/22_objectives.ipynb #9085153a
+# %% ../nbs/22_objectives.ipynb #4c97eff6
 @dataclass(frozen=True)
 class Objective:
     "The terms of a training objective and their weights."
@@ -172,10 +172,12 @@ class Objective:
     capacity:float | None = None # quota [nat] at the end of training; replaces the divergence
     dip:float = 0. # weight of the covariance penalty, in beta
     mmd:float = 0. # weight of the maximum mean discrepancy, in beta
+    dip_kind:str = "ii" # covariance of the means, "i", or of the samples, "ii"
+    dip_diagonal:float = 1. # weight of the variances relative to the off-diagonal terms
 
-# %% ../nbs/22_objectives.ipynb #8661b4bc
+# %% ../nbs/22_objectives.ipynb #9cec3921
 _CHOICES = dict(reconstruction=("l2", "l1", "chi2"), schedule=("geometric", "linear", "cosine"),
-                estimator=("weighted", "stratified"))
+                estimator=("weighted", "stratified"), dip_kind=("i", "ii"))
 
 def check_objective(
     objective:Objective, # settings to look at
@@ -184,8 +186,9 @@ def check_objective(
     for field, allowed in _CHOICES.items():
         value = getattr(objective, field)
         if value not in allowed: raise ValueError(f"{field}={value!r} is not known: use one of {allowed}")
-    for field in ("beta_start", "beta_end", "divergence", "total_correlation", "dip", "mmd"):
+    for field in ("beta_start", "beta_end", "divergence", "total_correlation", "dip", "mmd", "dip_diagonal", "capacity"):
         value = getattr(objective, field)
+        if field == "capacity" and value is None: continue
         if not (math.isfinite(value) and value >= 0): raise ValueError(f"{field}={value!r}: use a finite number >= 0")
     if not 0 <= objective.schedule_fraction <= 1:
         raise ValueError(f"schedule_fraction={objective.schedule_fraction!r}: use a share between 0 and 1")
@@ -193,12 +196,14 @@ def check_objective(
         raise ValueError("a geometric schedule cannot start from or reach beta 0: use schedule='linear'")
     return objective
 
-# %% ../nbs/22_objectives.ipynb #dcb71187
+# %% ../nbs/22_objectives.ipynb #b2334723
+_LATER = dict(dip_kind="ii", dip_diagonal=1.) # fields that came after the format was first written, and what was meant before
+
 def objective_from_json(
     text:str, # what `objective_to_json` wrote
 )->Objective: # the same settings
     "Settings from JSON, strictly: unknown or missing fields raise ValueError."
-    values, names = json.loads(text), {field.name for field in fields(Objective)}
+    values, names = _LATER | json.loads(text), {field.name for field in fields(Objective)}
     if set(values) != names:
         raise ValueError(f"objective JSON has unknown fields {sorted(set(values) - names)} and lacks {sorted(names - set(values))}: "
                          "it was written by another version of specnb")
@@ -206,17 +211,18 @@ def objective_from_json(
 
 def objective_to_json(
     objective:Objective, # settings
-)->str: # JSON object with one entry a field
+)->str: # JSON object with one entry a field; fields of `_LATER` only where they differ from what was meant before
     "Settings as JSON."
-    return json.dumps(asdict(objective))
+    return json.dumps({name: value for name, value in asdict(objective).items() if name not in _LATER or value != _LATER[name]})
 
-# %% ../nbs/22_objectives.ipynb #f190c57a
+# %% ../nbs/22_objectives.ipynb #481d96d0
 OBJECTIVES = {
     "beta_tcvae": Objective(),
     "beta_vae": Objective(beta_start=1e-3, beta_end=1e-3, schedule_fraction=0., total_correlation=0.),
     "beta_vae_warmup": Objective(beta_start=1e-6, beta_end=1e-3, schedule_fraction=0.3, schedule="linear", total_correlation=0.),
     "capacity": Objective(beta_start=1e-2, beta_end=1e-2, schedule_fraction=0.6, total_correlation=0., divergence=0., capacity=25.),
     "dip_vae": Objective(beta_start=2e-3, total_correlation=0., dip=20.),
+    "dip_vae_i": Objective(beta_start=2e-3, total_correlation=0., dip=20., dip_kind="i", dip_diagonal=10.),
     "mmd": Objective(beta_start=1e-2, beta_end=1e-2, schedule_fraction=0., total_correlation=0., divergence=0., mmd=1.),
     "autoencoder": Objective(beta_start=0., beta_end=0., schedule_fraction=0., total_correlation=0.),
 }

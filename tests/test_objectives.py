@@ -1,4 +1,5 @@
 """Objectives against independent implementations and analytic truths."""
+import itertools
 import json
 import math
 
@@ -133,3 +134,99 @@ def test_json_of_another_version_is_refused():
     values = json.loads(O.objective_to_json(O.Objective()))
     with pytest.raises(ValueError, match="lacks \\['beta_end'\\]"): O.objective_from_json(json.dumps({k: v for k, v in values.items() if k != "beta_end"}))
     with pytest.raises(ValueError, match="unknown fields \\['zeta'\\]"): O.objective_from_json(json.dumps(values | {"zeta": 1}))
+
+
+# formulas against their sources -------------------------------------------------------------------------------------------------------------------
+
+def finite(seed=0, n=6, latent=2):
+    "A data set small enough to enumerate."
+    mean, logvar, _ = codes(n, latent, seed)
+    return mean, logvar, mean + (0.5*logvar).exp()*torch.randn(n, latent, generator=torch.Generator().manual_seed(seed + 50), dtype=torch.float64)
+
+
+def exact_parts(mean, logvar, z):
+    "The three parts of the divergence by their definition over the whole data set."
+    pairwise = torch.distributions.Normal(mean[None], (0.5*logvar[None]).exp()).log_prob(z[:, None])
+    log_qz, log_nodes = pairwise.sum(2).exp().mean(1).log(), pairwise.exp().mean(1).log().sum(1)
+    own = torch.diagonal(pairwise.sum(2))
+    prior = torch.distributions.Normal(0., 1.).log_prob(z).sum(1)
+    return [part.mean().item() for part in (own - log_qz, log_qz - log_nodes, log_nodes - prior)]
+
+
+@pytest.mark.parametrize("batch", [3, 4, 5])
+def test_stratified_density_is_unbiased_over_every_batch(batch):
+    mean, logvar, z = finite()
+    density = torch.distributions.Normal(mean[None], (0.5*logvar[None]).exp()).log_prob(z[:, None]).sum(2).exp()
+    for estimator, unbiased in (("stratified", True), ("weighted", False)):
+        weight, total, count = O.log_importance(batch, 6, estimator).exp(), torch.zeros(6, dtype=torch.float64), 0
+        for picked in map(list, itertools.permutations(range(6), batch)):
+            total[picked] += (weight*density[picked][:, picked]).sum(1)
+            count += 1
+        ratio = total/(count*batch/6)/density.mean(1)
+        assert np.allclose(ratio, 1, atol=1e-6) == unbiased
+        if not unbiased: assert (ratio < 0.9).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stratified_total_correlation_is_less_biased(seed):
+    mean, logvar, z = finite(seed)
+    exact, bias = exact_parts(mean, logvar, z)[1], {}
+    for estimator in ("stratified", "weighted"):
+        values = [O.total_correlation(z[i], mean[i], logvar[i], 6, estimator).item() for i in map(list, itertools.permutations(range(6), 4))]
+        bias[estimator] = np.mean(values) - exact
+    assert abs(bias["stratified"]) < 0.3 < 1 < bias["weighted"]
+    assert abs(bias["weighted"] - math.log(6)) < 0.4 # (nodes - 1) ln N, with two nodes
+
+
+def test_a_batch_that_is_the_data_set_gives_the_definition():
+    "Every part, not their sum alone; a stratified row of a full batch weighs every posterior by 1/N."
+    mean, logvar, z = finite(3, n=40)
+    parts = O.decompose_kl(z, mean, logvar, 40, "stratified")
+    weight = O.log_importance(40, 40, "stratified").exp()
+    expected = exact_parts(mean, logvar, z)
+    assert weight[0, 0] == pytest.approx(1/40) and weight[0, 1] == pytest.approx(1/(40*39)) and weight[-1, 0] == weight[0, 1] and weight[0, 2] == pytest.approx(1/39)
+    assert [p.item() for p in parts] == pytest.approx(expected, abs=0.1)
+    weighted = [p.item() for p in O.decompose_kl(z, mean, logvar, 40, "weighted")]
+    assert weighted == pytest.approx([expected[0] + math.log(40), expected[1] + math.log(40), expected[2] - 2*math.log(40)], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind, diagonal", [("i", 1.), ("i", 10.), ("ii", 1.), ("ii", 3.)])
+def test_dip_equals_numpy(kind, diagonal):
+    mean, logvar, _ = codes(30, 4)
+    covariance = np.cov(mean.numpy().T) + (np.diag(np.exp(logvar.numpy()).mean(0)) if kind == "ii" else 0)
+    expected = sum(covariance[i, j]**2 for i in range(4) for j in range(4) if i != j) + diagonal*sum((covariance[i, i] - 1)**2 for i in range(4))
+    assert O.dip_penalty(mean, logvar, kind, diagonal).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_mmd_equals_loops_over_distinct_pairs():
+    z, _, prior = codes(9, 3)
+    prior = prior[:7]
+    for width in (None, 0.8):
+        def kernel(a, b): return math.exp(-((a - b)**2).sum().item()/(2*(3 if width is None else width**2)))
+        within_z = np.mean([kernel(z[i], z[j]) for i in range(9) for j in range(9) if i != j])
+        within_prior = np.mean([kernel(prior[i], prior[j]) for i in range(7) for j in range(7) if i != j])
+        across = np.mean([kernel(a, b) for a in z for b in prior])
+        assert O.mmd(z, prior, width).item() == pytest.approx(within_z + within_prior - 2*across, abs=1e-9)
+
+
+def test_capacity_pulls_from_both_sides():
+    for values, quota in (([1., 2.], 5.), ([4., 3.], 5.)):
+        kl = torch.tensor(values, requires_grad=True)
+        penalty = O.capacity_penalty(kl, quota)
+        penalty.backward()
+        assert penalty.item() == 2 and (kl.grad == (1. if sum(values) > quota else -1.)).all()
+
+
+def test_kl_per_node_is_an_average_and_keeps_the_nodes_apart():
+    mean, logvar, _ = codes(11, 3)
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (0.5*logvar).exp()), torch.distributions.Normal(0., 1.))
+    assert torch.allclose(O.kl_per_node(mean, logvar), expected.mean(0))
+
+
+def test_fields_that_came_later_leave_old_json_as_it_was():
+    old = json.loads(O.objective_to_json(O.Objective()))
+    assert not {"dip_kind", "dip_diagonal"} & set(old) and O.objective_from_json(json.dumps(old)) == O.Objective()
+    new = O.objective_settings("dip_vae_i")
+    assert json.loads(O.objective_to_json(new))["dip_kind"] == "i" and O.objective_from_json(O.objective_to_json(new)) == new
+    with pytest.raises(ValueError, match="dip_kind='iii' is not known"): O.objective_settings(dip_kind="iii")
+    with pytest.raises(ValueError, match="capacity=-1.0: use a finite"): O.objective_settings("capacity", capacity=-1.)
