@@ -230,3 +230,14 @@ def test_fields_that_came_later_leave_old_json_as_it_was():
     assert json.loads(O.objective_to_json(new))["dip_kind"] == "i" and O.objective_from_json(O.objective_to_json(new)) == new
     with pytest.raises(ValueError, match="dip_kind='iii' is not known"): O.objective_settings(dip_kind="iii")
     with pytest.raises(ValueError, match="capacity=-1.0: use a finite"): O.objective_settings("capacity", capacity=-1.)
+
+
+def test_weighted_mean_and_density_equal_numpy_and_torch():
+    rng = np.random.default_rng(4)
+    values, weight = rng.normal(size=(3, 2, 9)), rng.uniform(0.2, 3, (3, 2, 9))
+    weight[1, 0, :4] = 0
+    assert O.masked_mean(torch.from_numpy(values), torch.from_numpy(weight)).item() == pytest.approx(np.average(values, weights=weight))
+    out, target = rng.normal(size=(2, 3, 2, 9))
+    assert O.masked_l2(*map(torch.from_numpy, (out, target, weight))).item() == pytest.approx(np.average((out - target)**2, weights=weight))
+    mean, logvar, z = codes(9)
+    assert torch.allclose(O.log_normal_density(z, mean, logvar), torch.distributions.Normal(mean, (0.5*logvar).exp()).log_prob(z))
