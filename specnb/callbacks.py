@@ -258,7 +258,7 @@ class StopOnNaN(Callback):
         raise FloatingPointError(f"the loss is {self.learn.loss.item()} in epoch {self.epoch}, batch {self.iter}; the weights are untouched. "
                                  f"Largest signal-to-noise in rows {worst} of the batch. Lower the learning rate, or look at these spectra")
 
-# %% ../nbs/23_callbacks.ipynb #ea21a144
+# %% ../nbs/23_callbacks.ipynb #83ecdbbb
 def _cubic_weights(part):
     "Weights of the four pixels around a place `part` (0 to 1) between the second and the third [Keys 1981]."
     p2, p3 = part**2, part**3
@@ -282,7 +282,8 @@ def shift_pixels(
         total = total + weight*torch.where(valid, flux.gather(1, near), 0.)
         variance = variance + linear*torch.where(valid, 1/near_ivar.clamp_min(1e-37), 0.)
         good = good & (valid | (weight == 0))
-    return torch.where(good, total, 0.), torch.where(good, 1/variance, 0.)
+    same = ivar.gather(1, index.clamp(0, flux.shape[1] - 1))
+    return torch.where(good, total, 0.), torch.where(good, torch.where(part == 0, same, 1/variance), 0.)
 
 # %% ../nbs/23_callbacks.ipynb #e7d4a6b3
 class VelocityWhitening(Callback):
