@@ -464,7 +464,7 @@ def _neighbourhood_stars(n, rng):
 
 _POPULATIONS = {"independent": _independent_stars, "solar_neighbourhood": _neighbourhood_stars}
 
-# %% ../nbs/02_simulate.ipynb #cc77f8d9
+# %% ../nbs/02_simulate.ipynb #af68fbf5
 _OPENED = 58750. # date of the new epoch [d]
 
 def _sample_hidden(rows, hidden, seed):
@@ -472,7 +472,7 @@ def _sample_hidden(rows, hidden, seed):
     unknown = set(hidden) - set(HIDDEN)
     if unknown: raise ValueError(f"sample_survey: unknown hidden cause {', '.join(sorted(unknown))}; known are {', '.join(HIDDEN)}")
     star = rows.object.factorize()[0]; n_stars = star.max() + 1
-    rng = {name: np.random.default_rng([seed, 3, i]) for i, name in enumerate(HIDDEN)}
+    rng = {name: np.random.default_rng([seed, 3, i]) for i, name in enumerate(HIDDEN, 1)} # from 1: a trailing 0 would not make another generator
     out = {}
     if "activity" in hidden: out["activity"] = np.exp(rng["activity"].uniform(np.log(.05), np.log(1.5), n_stars)[star] + rng["activity"].normal(0, .15, len(rows)))
     if "epoch" in hidden: out["epoch"] = (rows.mjd_obs > _OPENED).astype(float)
@@ -496,7 +496,7 @@ def sample_factors(
     rows = _expose(_POPULATIONS[population](n_stars, rng), exposures, seed, rng)
     return _sample_hidden(rows, [hidden] if isinstance(hidden, str) else hidden, seed)
 
-# %% ../nbs/02_simulate.ipynb #c197fac7
+# %% ../nbs/02_simulate.ipynb #fe37ca26
 #: error of a catalogue's label, one standard deviation in the factor's unit
 LABEL_ERRORS = dict(radial_velocity=.3, teff=60., logg=.10, metallicity=.05, vsini=1., alpha=.05, mass=.06)
 
@@ -507,9 +507,9 @@ def _catalogue(rows, labels, label_noise, missing, seed):
     if not 0 <= missing <= 1: raise ValueError(f"sample_survey: missing_labels = {missing} is no share between 0 and 1")
     star, first = rows.object.factorize()[0], ~rows.object.duplicated()
     truth, n = rows[first].reset_index(drop=True), int(first.sum())
-    faintness = -rows.snr.groupby(star).mean().rank().values / n + np.random.default_rng([seed, 4]).normal(0, .4, n)
+    faintness = -rows.snr.groupby(star).mean().rank().values / n + np.random.default_rng([seed, 4, 100]).normal(0, .4, n)
     lost = np.argsort(np.argsort(-faintness)) < round(missing * n)
-    draw = lambda name: np.random.default_rng([seed, 4, list(LABEL_ERRORS).index(name)]).normal(0, label_noise * LABEL_ERRORS[name], n)
+    draw = lambda name: np.random.default_rng([seed, 4, 1 + list(LABEL_ERRORS).index(name)]).normal(0, label_noise * LABEL_ERRORS[name], n)
     value = {name: np.where(lost, np.nan, truth[name] + draw(name)) for name in labels}
     return {f"label_{k}": (v[star], {"role": "label", "error": label_noise * LABEL_ERRORS[k], "units": (FACTORS | EXTRA_FACTORS).get(k, ("", "solMass"))[1]}) for k, v in value.items()}
 
