@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from specnb.loader import SpectrumLoader, SpectrumRows, epoch_groups, ready_rows, spectrum_dataloaders
 from specnb.prep import PrepRecipe
 from specnb.spectra import make_spectra, open_store, save_store
+from specnb.wave import doppler_shift, log_grid
 
 RAW = PrepRecipe(normalise=None)
 
@@ -134,3 +135,25 @@ def test_rows_without_any_measurement_become_zeros():
 @pytest.mark.parametrize("split, message", [(["train"]*90, "split 'valid'"), (["train"]*3, "one word for each"), (["tain"]*90, "split holds")])
 def test_bad_splits_are_named(split, message):
     with pytest.raises(ValueError, match=message): spectrum_dataloaders(numbered(), split=split)
+
+
+@pytest.mark.parametrize("limit", [0, 1e9])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batch_coord_belongs_to_the_batch_in_hand(store, limit, drop_last):
+    loader = SpectrumLoader(SpectrumRows(store, np.arange(5, 85), RAW, memory_limit=limit), bs=7, shuffle=True, drop_last=drop_last, buffer_rows=20, seed=4)
+    for flux, *_ in loader: assert list(loader.batch_coord("spectrum_id")) == [f"s{int(value) - 1}" for value in flux[:, 0]]
+    with pytest.raises(ValueError, match="no coordinate 'wavelength', only .*'object'.*: add it"): loader.batch_coord("wavelength")
+
+
+def test_pixel_shift_moves_a_line_to_where_doppler_puts_it():
+    wave = log_grid(4000., 7000., 5000)
+    ds = make_spectra(np.ones((2, 5000)), np.ones((2, 5000)), wave, ["a", "b"], medium="air", frame="rest", coords=dict(object=["a", "b"]))
+    for recipe in (RAW, PrepRecipe(normalise=None, pad_to=6000)):
+        rows = SpectrumRows(ds, np.array([0, 1]), recipe)
+        grid, velocity = rows.wavelength.values, np.array([-300., -0.1, 0., 5., 5000.])
+        shift = rows.pixel_shift(velocity)
+        assert shift.shape == (5,) and shift[2] == 0
+        np.testing.assert_allclose(np.interp(doppler_shift(5500., velocity), grid, np.arange(len(grid))) - np.interp(5500., grid, np.arange(len(grid))), shift, atol=1e-3)
+    for grid in (np.linspace(4000., 7000., 5000), np.where(np.arange(5000) < 2500, wave, wave*1.00001)):
+        rows = SpectrumRows(ds.assign_coords(wavelength=("wavelength", grid, ds.wavelength.attrs)), np.array([0, 1]), RAW)
+        with pytest.raises(ValueError, match="not uniform in log wavelength .*log_grid"): rows.pixel_shift(1.)
