@@ -203,16 +203,18 @@ def _convolve_shift(flux, step, *, sigma=0., vsini=None, velocity=None):
     if velocity is not None: out *= _phase(2 * np.pi * np.log(doppler_factor(np.asarray(velocity, float))) / (step * flux.shape[-1]), len(frequency))
     return fft.irfft(out, n=flux.shape[-1])
 
-# %% ../nbs/02_simulate.ipynb #54a6916a
+# %% ../nbs/02_simulate.ipynb #65f3133b
 def _oxygen_lines():
     "Vacuum wavelengths [Angstrom] and relative strengths of the O2 gamma and B bands."
-    k, lower = np.arange(1, 34, 2), 1.4377
-    out = []
-    for origin, upper, strength in ((15902.4, 1.3640, 1.6), (14525.7, 1.3823, 26.)):
-        boltzmann = (2 * k + 1) * np.exp(-1.4388 * lower * k * (k + 1) / 250) / 12
-        p = origin - (upper + lower) * k + (upper - lower) * k**2
-        r = origin + 2 * upper + (3 * upper - lower) * k + (upper - lower) * k**2
-        for branch, split in ((p, 1.95), (p, 0.), (r, 1.95), (r, 0.)): out.append(np.stack([1e8 / (branch - split), strength * boltzmann], 1))
+    k, b, spin, coupling = np.arange(1, 40, 2.), 1.43768, 1.98475, -.008425
+    energy = lambda constant, distortion, j: constant * j * (j + 1) - distortion * (j * (j + 1))**2
+    middle = energy(b, 4.84e-6, k)
+    upper_spin = middle + (2 * k + 3) * b - spin - np.sqrt((2 * k + 3)**2 * b**2 + spin**2 - 2 * spin * b) + coupling * (k + 1)
+    lower_spin = middle - (2 * k - 1) * b - spin + np.sqrt((2 * k - 1)**2 * b**2 + spin**2 - 2 * spin * b) - coupling * k
+    populated, out = np.exp(-1.4388 * middle / 250) / 6, []
+    for origin, constant, strength in ((15902.42, 1.35465, 1.6), (14525.66, 1.37295, 45.)):
+        for level, j, weight in ((middle, k + 1, k + 1), (upper_spin, k + 1, k + 1), (middle, k - 1, k), (lower_spin, k - 1, k)): # RR, RQ, PP, PQ
+            out.append(np.stack([1e8 / (origin + energy(constant, 5.4e-6, j) - level), strength * weight * populated], 1))
     return np.concatenate(out).T
 
 #: centre, width and number of lines of the water bands, and their strength for 1 mm
@@ -238,6 +240,33 @@ def telluric_transmission(
     log_wave = np.log(wavelength)
     oxygen, vapour = _telluric_templates(log_wave[0], log_wave[1] - log_wave[0], len(wavelength))
     return np.exp(-airmass * (oxygen + water * vapour))
+
+# %% ../nbs/02_simulate.ipynb #fcd24fab
+#: airmasses, and millimetres of water along the line of sight, at which transmission is tabulated
+_SLANT, _COLUMN = np.array([0, .5, 1, 1.5, 2, 3, 5, 10]), np.array([0, .5, 1, 2, 4, 8, 16, 32, 100, 1000])
+
+@lru_cache(maxsize=2)
+def _telluric_tables(log_start, step, n):
+    "Effective depth of oxygen, (airmass, pixel), and of water, (column, pixel), on the working grid."
+    many = int(np.ceil(step * SPEED_OF_LIGHT / 0.41))
+    fine = _telluric_templates(log_start - step * (many // 2) / many, step / many, n * many)
+    def effective(depth, amount):
+        seen = np.exp(-amount * depth)
+        if many > 1: seen = _convolve_shift(seen, step / many, sigma=0.6 * step * SPEED_OF_LIGHT)[many // 2::many]
+        return -np.log(np.clip(seen, 1e-6, 1))
+    return [np.stack([effective(d, amount) for amount in amounts]).astype(np.float32) for d, amounts in zip(fine, (_SLANT, _COLUMN))]
+
+def _between(values, nodes):
+    "Weights of linear interpolation, (spectrum, node) float32."
+    low = np.clip(np.searchsorted(nodes, values, "right") - 1, 0, len(nodes) - 2)
+    part, out = (values - nodes[low]) / (nodes[low + 1] - nodes[low]), np.zeros((len(values), len(nodes)), np.float32)
+    out[np.arange(len(values)), low], out[np.arange(len(values)), low + 1] = 1 - part, part
+    return out
+
+def _sky_depth(airmass, water, grid):
+    "Optical depth of the atmosphere in its own frame, (spectrum, pixel)."
+    oxygen, vapour = _telluric_tables(*grid)
+    return _between(airmass, _SLANT) @ oxygen + _between(airmass * water, _COLUMN) @ vapour
 
 # %% ../nbs/02_simulate.ipynb #6a2f43a3
 def _smooth(log_wave, curve):
@@ -325,7 +354,7 @@ def _described(full, given):
     names = [n for n in full if n in FACTORS or (n in given and n != "berv") or n.startswith("abundance_")]
     return {n: (full[n], {"role": "factor", "units": units.get(n, "dex"), **({"hidden": True} if n in hidden else {})}) for n in names}
 
-# %% ../nbs/02_simulate.ipynb #613cb2b7
+# %% ../nbs/02_simulate.ipynb #4c834e2a
 def _fine_grid(wavelength):
     "(log start, step, n) of the working grid: at most 3 km/s and half a pixel, with 450 km/s to spare at both ends."
     if wavelength[0] < 3700 or wavelength[-1] > 7000: raise ValueError(f"simulate: the line list covers 3700-7000 Angstrom, not {wavelength[0]:.0f}-{wavelength[-1]:.0f}")
@@ -340,8 +369,8 @@ def _observe(factors, nuisance, grid, resolving_power, frame):
     log_wave = start + step * np.arange(n)
     earth = -factors["berv"] if frame == "topocentric" else np.zeros_like(factors["berv"])
     star = _starlight(factors, grid, factors["radial_velocity"] + earth)
-    depth = np.stack([factors["airmass"], factors["airmass"] * factors["water"]], 1).astype(np.float32) @ _telluric_templates(*grid)
-    sky = np.exp(-(depth if frame == "topocentric" else _convolve_shift(depth, step, velocity=factors["berv"])))
+    depth = _sky_depth(factors["airmass"], factors["water"], grid)
+    sky = np.exp(-(depth if frame == "topocentric" else np.maximum(_convolve_shift(depth, step, velocity=factors["berv"]), 0)))
     seen = star * sky * _continuum(log_wave, factors, nuisance)
     return _convolve_shift(seen, step, sigma=SPEED_OF_LIGHT / resolving_power / 2.3548)
 
@@ -370,7 +399,7 @@ def _simulate_rows(factors, rows, wavelength, grid, seed, noise, frame, resolvin
     usable = ~((wavelength >= gaps[:, :1]) & (wavelength <= gaps[:, 1:]))
     return [np.stack(a) for a in zip(*map(_detect, counts, part["snr"], rngs, [noise] * len(rows), usable))]
 
-# %% ../nbs/02_simulate.ipynb #1d3a6dae
+# %% ../nbs/02_simulate.ipynb #6e8f639b
 def simulate(
     factors, # mapping of factor name to (spectrum,) values: any of FACTORS and EXTRA_FACTORS, and berv [km/s]
     wavelength:np.ndarray, # (wavelength,) pixel centres in air [Angstrom]
@@ -388,7 +417,7 @@ def simulate(
     "Spectra with known factors; `ValueError` for an unknown factor, an impossible value or a grid beyond 3700-7000 Angstrom."
     wavelength, given, factors = np.asarray(wavelength, float), set(factors), _complete(factors, abundances)
     grid, n = _fine_grid(wavelength), len(factors["teff"])
-    _templates(*grid); _telluric_templates(*grid); batch = int(np.clip(4_000_000 // grid[2], 1, 64))
+    _templates(*grid); _telluric_tables(*grid); batch = int(np.clip(4_000_000 // grid[2], 1, 64))
     run = lambda start: _simulate_rows(factors, np.arange(start, min(start + batch, n)), wavelength, grid, seed, noise, frame, resolving_power, gap)
     with ThreadPoolExecutor(n_threads) as pool: flux, ivar = (np.concatenate(a) for a in zip(*pool.map(run, range(0, n, batch))))
     names = spectrum_id if spectrum_id is not None else [f"sim-{i:06d}" for i in range(n)]

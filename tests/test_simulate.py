@@ -282,7 +282,7 @@ possible = st.fixed_dictionaries({}, optional=dict(
 @given(possible, st.sampled_from(["barycentric", "topocentric"]), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_every_possible_star_gives_a_valid_spectrum(factors, frame, noise):
-    ds = simulate(factors, log_grid(3900, 4900, 128), frame=frame, noise=noise)  # bluewards of all telluric lines
+    ds = simulate(factors, log_grid(3900, 6900, 128), frame=frame, noise=noise)
     validate(ds)
     usable = ds.ivar.values > 0
     assert usable.mean() > 0.9 and np.isfinite(ds.flux.values).all()
@@ -407,7 +407,6 @@ def tabulated_transmission(shared_data, start, stop):
     return grid, table / np.interp(grid, starts + 1.5, top)
 
 
-@pytest.mark.xfail(strict=True, reason="depths of telluric lines are sampled too thinly to be shifted: exp of their ringing is light from nowhere between the lines of the B band")
 def test_the_atmosphere_adds_no_light():
     factors = dict(berv=[3.3, 11., -20.], airmass=[1., 1.5, 2.2])
     flux = simulate(factors, log_grid(6700, 6910, 300), noise=False).spec.normalise().flux.values
@@ -415,7 +414,6 @@ def test_the_atmosphere_adds_no_light():
     assert flux.max() < 1.1 * none.max()
 
 
-@pytest.mark.xfail(strict=True, reason="rotational constants of the upper state are half a vibrational quantum off, and the spin splitting has the wrong sign")
 def test_the_oxygen_pair_beside_iron_6302():
     from specnb.wave import vacuum_to_air
     ours = vacuum_to_air(sim._oxygen_lines()[0])
@@ -430,11 +428,11 @@ def test_oxygen_bands_against_the_tabulated_transmission(shared_data, band, star
         a, b = broaden(grid, table, resolution), broaden(grid, ours, resolution)
         correlation, ratio = np.corrcoef(a, b)[0, 1], (1 - b).sum() / (1 - a).sum()
         print(f"O2 {band} at R = {resolution:,}: correlation {correlation:.3f}, absorbed light simulated over tabulated {ratio:.2f}")
-        assert correlation > least and 0.6 < ratio < 1.6
+        assert correlation > least and 0.8 < ratio < 1.25
 
 
 #: resolving power, and the correlation that must be reached
-OXYGEN = {"gamma": ((3000, 0.95),), "B": ((3000, 0.9),)}
+OXYGEN = {"gamma": ((115_000, 0.85), (3000, 0.97)), "B": ((115_000, 0.9), (3000, 0.97))}
 
 
 def test_water_bands_stand_where_they_should(shared_data):
