@@ -350,12 +350,13 @@ class NoiseAugmentation(Callback):
         sigma = torch.where(ivar > 0, (1/factor**2 - 1).sqrt()*ivar.clamp_min(1e-30).rsqrt(), 0.)
         self.learn.xb = (flux + sigma*torch.randn_like(flux), ivar*factor**2, *self.xb[2:])
 
-# %% ../nbs/23_callbacks.ipynb #7e1e9370
+# %% ../nbs/23_callbacks.ipynb #5aff2230
 @patch
 def after_pred(self:NoiseAugmentation):
     "Target and weight of the loss from the clean spectrum."
     if not self.training: return
     with torch.no_grad(): target, weight = self.model.frontend(*self.yb[:2])
+    target = self.model.frontend.emphasise(target)
     self.learn.pred = (*self.pred[:5], target, weight, *self.pred[7:])
 
 @patch(as_prop=True)
