@@ -7,16 +7,16 @@ __all__ = ['ordinal_ranks', 'mutual_information', 'mutual_information_matrix', '
            'linfoot', 'histogram_information', 'pearson_matrix', 'spearman_matrix', 'Units', 'make_units', 'rank_bins',
            'tested_statistics', 'row_weights', 'permutation_p', 'family_wise_p', 'benjamini_hochberg',
            'subsample_error', 'latent_table', 'label_table', 'group_codes', 'association', 'matrix_frame',
-           'conditional_mutual_information', 'local_permutation', 'conditional_association']
+           'conditional_mutual_information', 'local_permutation', 'conditional_association', 'confounder_view']
 
-# %% ../nbs/30_depend.ipynb #c53f4aa8
+# %% ../nbs/30_depend.ipynb #09c00043
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 from numba import njit
-from numba.cpython.unsafe.tuple import tuple_setitem
 from scipy.special import digamma, ndtri
 from scipy.spatial import cKDTree
 from scipy.stats import t as student_t
@@ -36,112 +36,171 @@ def ordinal_ranks(
         rank[shuffle[np.argsort(column[shuffle])]] = np.arange(len(columns), dtype=np.int32)
     return ranks[0] if values.ndim == 1 else ranks
 
-# %% ../nbs/30_depend.ipynb #bba9be15
-@njit(cache=True, nogil=True)
-def _insert(
-    best:tuple, # (k,) smallest distances so far, ascending
-    distance:int, # a new distance
-)->tuple: # (k,) smallest distances now
-    "Insert a distance into the sorted tuple of the k smallest."
-    for a in range(len(best) - 1, 0, -1):
-        best = tuple_setitem(best, a, min(best[a], max(best[a - 1], distance)))
-    return tuple_setitem(best, 0, min(best[0], distance))
+# %% ../nbs/30_depend.ipynb #b81d5f71
+def _presorted(
+    values:np.ndarray, # (row, column), NaN sorts last
+    rng:np.random.Generator, # breaks ties
+)->np.ndarray: # (column, row) row numbers in ascending order of each column
+    "Sorting of every column, ties in random order."
+    shuffle = rng.permutation(len(values)).astype(np.int32)
+    return np.stack([shuffle[np.argsort(c[shuffle])] for c in values.T])
 
-# %% ../nbs/30_depend.ipynb #2c01342c
+# %% ../nbs/30_depend.ipynb #a5a47f83
+_LANES, _CHUNK, _FAR, _WEIGHT = 16, 4, 1 << 29, 0.75    # points searched for together, candidates offered together, farther than any rank, of the extrapolation
+
 @njit(cache=True, nogil=True)
 def _strips(
-    x_by_y:np.ndarray, # (row,) x rank of the point of y rank 0, 1, 2, ...
-    width:int, # ranks a strip [rank]
-)->tuple: # px (row,), py (row,), cell (strip, strip + 1)
-    "Sort the points of a permutation into vertical strips, each ascending in y."
-    n = x_by_y.size
-    n_strips = (n + width - 1) // width
-    px, py = np.empty(n, np.int32), np.empty(n, np.int32)
-    cell = np.empty((n_strips, n_strips + 1), np.int32)
-    fill = np.arange(n_strips) * width
-    for q in range(n_strips):
-        cell[:, q] = fill
-        for y in range(q * width, min(n, (q + 1) * width)):
-            x = x_by_y[y]
-            j = fill[x // width]
-            px[j], py[j] = x, y
-            fill[x // width] = j + 1
+    order:np.ndarray, # (row,) row numbers in ascending order of x
+    y_rank:np.ndarray, # (row,) y rank of each row among those that take part, -1 for the others
+    n:int, bits:int, # rows that take part; a strip is 2**bits ranks wide
+)->tuple: # px, py (strip (2**bits + 2 lane) + lane,); cell (strip, strip + 1)
+    "Sort points into strips of y rank, each ascending in x rank, the gaps filled with far points."
+    n_strips, stride, rank = ((n - 1) >> bits) + 1, (1 << bits) + 2 * _LANES, 0
+    px = np.full(n_strips * stride + _LANES, _FAR, np.int32)
+    py, cell = px.copy(), np.empty((n_strips, n_strips + 1), np.int32)
+    fill = np.arange(n_strips) * stride + _LANES
+    for s in range(n_strips): px[s * stride:s * stride + _LANES] = -_FAR
+    for row in order:
+        if y_rank[row] < 0: continue
+        if rank & ((1 << bits) - 1) == 0: cell[:, rank >> bits] = fill
+        s = y_rank[row] >> bits
+        px[fill[s]], py[fill[s]] = rank, y_rank[row]
+        fill[s] += 1
+        rank += 1
     cell[:, n_strips] = fill
     return px, py, cell
 
-# %% ../nbs/30_depend.ipynb #dbacc267
+# %% ../nbs/30_depend.ipynb #5726f1e6
+@njit(cache=True, nogil=True)
+def _offer(
+    work:np.ndarray, # (k lane + 2 lane,) int32: the k smallest distances of every lane, then x, then y
+    px:np.ndarray, py:np.ndarray, # of `_strips`
+    first:int, depth:tuple, # place of the first of the candidates; (k,) only its length counts, which the compiler knows
+)->int: # the largest k-th distance among the lanes
+    "Offer four candidates to every lane."
+    k, reach = len(depth), np.int32(0)
+    x0, x1, x2, x3 = px[first], px[first + 1], px[first + 2], px[first + 3]
+    y0, y1, y2, y3 = py[first], py[first + 1], py[first + 2], py[first + 3]
+    for lane in range(_LANES):
+        x, y = work[k * _LANES + lane], work[(k + 1) * _LANES + lane]
+        d0, d1 = np.int32(max(abs(np.int32(x0 - x)), abs(np.int32(y0 - y)))), np.int32(max(abs(np.int32(x1 - x)), abs(np.int32(y1 - y))))
+        d2, d3 = np.int32(max(abs(np.int32(x2 - x)), abs(np.int32(y2 - y)))), np.int32(max(abs(np.int32(x3 - x)), abs(np.int32(y3 - y))))
+        for d in (d0, d1, d2, d3):
+            d = d if d > 0 else np.int32(_FAR)
+            for a in range(k - 1, 0, -1): work[a * _LANES + lane] = min(work[a * _LANES + lane], max(work[(a - 1) * _LANES + lane], d))
+            work[lane] = min(work[lane], d)
+        reach = max(reach, work[(k - 1) * _LANES + lane])
+    return reach
+
+# %% ../nbs/30_depend.ipynb #342bd22d
+@njit(cache=True, nogil=True)
+def _sweep(
+    work:np.ndarray, px:np.ndarray, py:np.ndarray, # of `_offer`; of `_strips`
+    start:int, low:int, high:int, # where to begin; smallest and largest x rank of the lanes
+    reach:int, depth:tuple, # the largest k-th distance so far; of `_offer`
+)->int: # the largest k-th distance now
+    "Offer all points of a strip that may be neighbours."
+    up, down = start, start - _CHUNK
+    while px[up] - high < reach:
+        reach = _offer(work, px, py, up, depth)
+        up += _CHUNK
+    while low - px[down + _CHUNK - 1] < reach:
+        reach = _offer(work, px, py, down, depth)
+        down -= _CHUNK
+    return reach
+
+# %% ../nbs/30_depend.ipynb #f0a941a5
+@njit(cache=True, nogil=True)
+def _load(
+    work:np.ndarray, px:np.ndarray, py:np.ndarray, # of `_offer`; of `_strips`
+    first:int, used:int, n:int, depth:tuple, # place of the first point; lanes in use; rows; of `_offer`
+)->tuple: # smallest and largest y rank
+    "Put a few points of a strip into the lanes; lanes without a point are content from the start."
+    low, high = n, 0
+    for lane in range(_LANES):
+        for a in range(len(depth)): work[a * _LANES + lane] = n if lane < used else 0
+        work[len(depth) * _LANES + lane], work[(len(depth) + 1) * _LANES + lane] = px[first + lane], py[first + lane]
+        if lane < used: low, high = min(low, py[first + lane]), max(high, py[first + lane])
+    return low, high
+
+# %% ../nbs/30_depend.ipynb #4b859587
 @njit(cache=True, nogil=True)
 def _kth_distances(
-    px:np.ndarray, py:np.ndarray, cell:np.ndarray, # (row,), (row,), (strip, strip + 1), from `_strips`
-    width:int, worst:tuple, # ranks a strip [rank]; (k,) each the number of rows, more than any distance
-)->np.ndarray: # (row, k) distances to the k nearest neighbours, ascending [rank]
-    "Chebyshev distances to the nearest neighbours of every point, in the order of the strips."
-    n, nearest = px.size, np.empty((px.size, len(worst)), np.int32)
-    for i in range(n):
-        x, y, q, best = px[i], py[i], py[i] // width, worst
-        for side in range(3):  # own strip, then to the left, then to the right
-            strip = i // width + (side == 2) - (side == 1)
-            while 0 <= strip < cell.shape[0] and max(strip * width - x, x - (strip + 1) * width + 1) < best[-1]:
-                up, stop = i if side == 0 else cell[strip, q], min(n, (strip + 1) * width)
-                while up < stop and py[up] < y: up += 1
-                down, up = up - 1, up + (side == 0)
-                while down >= strip * width and y - py[down] < best[-1]:
-                    best = _insert(best, max(y - py[down], abs(px[down] - x)))
-                    down -= 1
-                while up < stop and py[up] - y < best[-1]:
-                    best = _insert(best, max(py[up] - y, abs(px[up] - x)))
-                    up += 1
-                strip += 2 * side - 3 if side else n
-        for a in range(len(worst)): nearest[i, a] = best[a]
-    return nearest
+    work:np.ndarray, px:np.ndarray, py:np.ndarray, cell:np.ndarray, # of `_offer`; of `_strips`
+    strip:int, first:int, bits:int, n:int, depth:tuple, # strip and place of the first point; width of strips; rows; of `_offer`
+)->int: # points found for
+    "Distances to the nearest neighbours of the next few points of a strip, left in `work`."
+    n_strips = cell.shape[0]
+    used = min(_LANES, cell[strip, n_strips] - first)
+    y_low, y_high = _load(work, px, py, first, used, n, depth)
+    low, high = px[first], px[first + used - 1]
+    reach = _sweep(work, px, py, first, low, high, n, depth)
+    for side in (-1, 1):
+        s = strip + side
+        while 0 <= s < n_strips and (y_low - ((s + 1) << bits) + 1 if side < 0 else (s << bits) - y_high) < reach:
+            j = cell[s, low >> bits]
+            while px[j] < low: j += 1
+            reach = _sweep(work, px, py, j, low, high, reach, depth)
+            s += side
+    return used
 
-# %% ../nbs/30_depend.ipynb #13fb09ca
+# %% ../nbs/30_depend.ipynb #1ceb8a18
 @njit(cache=True, nogil=True)
-def _count_terms(
-    px:np.ndarray, py:np.ndarray, # (row,) ranks
-    reach:np.ndarray, # (row,) distances of the k-th neighbours [rank]
+def _count_term(
+    rank_x:int, rank_y:int, # ranks of a point
+    e:int, n:int, # distance of its k-th neighbour [rank]; rows
     psi:np.ndarray, # (4 row,) digamma(1 + j / 2)
-)->float: # mean of digamma(n_x + 1) + digamma(n_y + 1)
-    "Average digamma of the marginal counts, points on the boundary counted half."
-    n, total = px.size, 0.0
-    for i in range(n):
-        e, left, right, down, up = reach[i], px[i], n - 1 - px[i], py[i], n - 1 - py[i]
-        twice_x = min(e - 1, left) + min(e, left) + min(e - 1, right) + min(e, right)
-        twice_y = min(e - 1, down) + min(e, down) + min(e - 1, up) + min(e, up)
-        total += psi[twice_x] + psi[twice_y]
-    return total / n
+)->float: # digamma(n_x + 1) + digamma(n_y + 1)
+    "Digamma of the marginal counts, points on the boundary counted half, less the neighbour itself."
+    left, right, down, up = rank_x, n - 1 - rank_x, rank_y, n - 1 - rank_y
+    twice_x = min(e - 1, left) + min(e, left) + min(e - 1, right) + min(e, right)
+    twice_y = min(e - 1, down) + min(e, down) + min(e - 1, up) + min(e, up)
+    return 0.5 * (psi[twice_x] + psi[twice_x - 1] + psi[twice_y] + psi[twice_y - 1])
 
-# %% ../nbs/30_depend.ipynb #a2b27738
+# %% ../nbs/30_depend.ipynb #69d27387
 @njit(cache=True, nogil=True)
 def _ksg_pair(
-    x_by_y:np.ndarray, # (row,) x rank of the point of y rank 0, 1, 2, ...
+    order:np.ndarray, y_rank:np.ndarray, n:int, # of `_strips`
     ks:np.ndarray, # (1,) neighbours, or (2,) k and 3 k to extrapolate
-    worst:tuple, # (largest of ks,) each the number of rows
+    depth:tuple, # (largest of ks,) of `_offer`
     psi:np.ndarray, # (4 row,) digamma(1 + j / 2)
 )->float: # mutual information [nat]
     "KSG estimate of one pair [Kraskov et al. 2004, eq. 8]."
-    n, each = x_by_y.size, np.empty(ks.size)
-    width = max(1, int(1.1 * np.sqrt(ks[-1] * n)))
-    px, py, cell = _strips(x_by_y, width)
-    nearest = _kth_distances(px, py, cell, width, worst)
-    for c in range(ks.size):
-        each[c] = psi[2 * ks[c] - 2] + psi[2 * n - 2] - _count_terms(px, py, nearest[:, ks[c] - 1], psi)
-    return each[0] + (each[0] - each[-1]) / (np.sqrt(3.0) - 1)
+    bits = max(1, int(np.rint(np.log2(2.5 * np.sqrt(n)))))
+    px, py, cell = _strips(order, y_rank, n, bits)
+    work, each = np.empty((len(depth) + 2) * _LANES, np.int32), np.zeros(ks.size)
+    for strip in range(cell.shape[0]):
+        for first in range(cell[strip, 0], cell[strip, cell.shape[0]], _LANES):
+            used = _kth_distances(work, px, py, cell, strip, first, bits, n, depth)
+            for c in range(ks.size):
+                for lane in range(used):
+                    each[c] -= _count_term(px[first + lane], py[first + lane], work[(ks[c] - 1) * _LANES + lane], n, psi)
+    for c in range(ks.size): each[c] = psi[2 * ks[c] - 2] + psi[2 * n - 2] + each[c] / n
+    return each[0] + _WEIGHT * (each[0] - each[-1])
 
-# %% ../nbs/30_depend.ipynb #ee7978dd
+# %% ../nbs/30_depend.ipynb #7d0cd10c
 @njit(cache=True, nogil=True)
-def _ksg_matrix(
-    x_ranks:np.ndarray, # (latent, row) ordinal ranks
-    y_orders:np.ndarray, # (label, row) row number of each y rank
-    ks:np.ndarray, # (1,) or (2,) neighbours
-    worst:tuple, # (largest of ks,) each the number of rows
-    psi:np.ndarray, # (4 row,) digamma(1 + j / 2)
+def _ksg_rows(
+    orders:np.ndarray, # (latent, row) row numbers in ascending order
+    y_ranks:np.ndarray, # (label, row) ranks among the rows that take part, -1 for the others
+    n:int, ks:np.ndarray, depth:tuple, psi:np.ndarray, # of `_ksg_pair`
 )->np.ndarray: # (latent, label) mutual information [nat]
     "KSG estimate of every pair of columns."
-    mi = np.empty((x_ranks.shape[0], y_orders.shape[0]))
+    mi = np.empty((orders.shape[0], y_ranks.shape[0]))
     for a in range(mi.shape[0]):
-        for b in range(mi.shape[1]): mi[a, b] = _ksg_pair(x_ranks[a][y_orders[b]], ks, worst, psi)
+        for b in range(mi.shape[1]): mi[a, b] = _ksg_pair(orders[a], y_ranks[b], n, ks, depth, psi)
     return mi
+
+def _ksg_matrix(
+    orders:np.ndarray, y_ranks:np.ndarray, n:int, ks:np.ndarray, # of `_ksg_rows`
+    n_threads:int=1, # latents are dealt out to so many threads
+)->np.ndarray: # (latent, label) mutual information [nat]; NaN where no more than k + 1 rows take part
+    "KSG estimate of every pair of columns, by threads; with too few rows to extrapolate, without."
+    if n < ks[0] + 2: return np.full((len(orders), len(y_ranks)), np.nan)
+    ks = ks[:1] if n < ks[-1] + 2 else ks
+    rows = lambda part: _ksg_rows(part, y_ranks, n, ks, (0,) * int(ks[-1]), _psi_table(n))
+    if n_threads < 2: return rows(orders)
+    with ThreadPoolExecutor(n_threads) as pool: return np.concatenate(list(pool.map(rows, np.array_split(orders, min(n_threads, len(orders))))))
 
 # %% ../nbs/30_depend.ipynb #56657fbe
 def _neighbours(
@@ -207,14 +266,14 @@ def _as_number(
     codes = pd.factorize(text, sort=True)[0].astype(float)
     return np.where(codes < 0, np.nan, codes), True
 
-# %% ../nbs/30_depend.ipynb #f370d33e
+# %% ../nbs/30_depend.ipynb #f4c18cdc
 def mutual_information(
     x, # (row,) numbers, or text for classes
     y, # (row,) numbers, or text for classes
     k:int=3, # neighbours
     *,
     discrete:bool|None=None, # y names classes; None: when it is text, boolean, or of few values
-    extrapolate:bool=False, # remove the bias that grows as the square root of k
+    extrapolate:bool=True, # remove most of the bias that grows with k; False: the plain estimator
     seed:int=0, # of the order in which ties are broken
 )->float: # mutual information [nat]; may be slightly negative; NaN when no more than k + 1 pairs are complete
     "Mutual information by nearest neighbours on ranks [Kraskov et al. 2004; Ross 2014]; ValueError when lengths differ."
@@ -225,24 +284,25 @@ def mutual_information(
     complete = np.isfinite(x) & np.isfinite(y)
     return float(_mi_columns(x[complete, None], y[complete, None], _neighbours(k, extrapolate), [y_class if discrete is None else discrete], seed)[0, 0])
 
-# %% ../nbs/30_depend.ipynb #2dbd3a7b
+# %% ../nbs/30_depend.ipynb #b8ac3901
 def _mi_columns(
     x:np.ndarray, # (row, latent) finite
     y:np.ndarray, # (row, label) finite
     ks:np.ndarray, # neighbours, from `_neighbours`
     discrete:list, # (label,) the label names classes
     seed, # of the orders in which ties are broken
+    n_threads:int=1, # of `_ksg_matrix`
 )->np.ndarray: # (latent, label) mutual information [nat]
     "Mutual information of several latents with several labels, complete rows only."
-    if len(y) < ks[-1] + 2: return np.full((x.shape[1], y.shape[1]), np.nan)
+    out, n = np.full((x.shape[1], y.shape[1]), np.nan), len(y)
+    if n < ks[0] + 2: return out
     rng_x, rng_y = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
-    psi, ranks, mi = _psi_table(len(y)), ordinal_ranks(x, rng_x), []
-    for label, is_class in zip(y.T, discrete):
-        if is_class:
-            classes = np.unique(label, return_inverse=True)[1]
-            mi.append([_ross(classes[np.argsort(r)], classes.max() + 1, ks[0], psi) for r in ranks])
-        else: mi.append(_ksg_matrix(ranks, np.argsort(ordinal_ranks(label, rng_y))[None], ks, (len(y),) * int(ks[-1]), psi)[:, 0])
-    return np.array(mi).T
+    orders, continuous = _presorted(x, rng_x), [b for b, d in enumerate(discrete) if not d]
+    if continuous: out[:, continuous] = _ksg_matrix(orders, ordinal_ranks(y[:, continuous], rng_y), n, ks, n_threads)
+    for b in np.flatnonzero(discrete):
+        classes = np.unique(y[:, b], return_inverse=True)[1]
+        out[:, b] = [_ross(classes[order], classes.max() + 1, ks[0], _psi_table(n)) for order in orders]
+    return out
 
 def _psi_table(
     n:int, # rows
@@ -250,13 +310,14 @@ def _psi_table(
     "Digamma at every whole and half number that a count among n points can reach."
     return digamma(1 + np.arange(4 * n) / 2)
 
-# %% ../nbs/30_depend.ipynb #b59e2055
+# %% ../nbs/30_depend.ipynb #100910bc
 def mutual_information_matrix(
     x:np.ndarray, # (row, latent), NaN where missing
     y:np.ndarray, # (row, label), NaN where missing
     k:int=3, # neighbours
-    *, extrapolate:bool=False, # as in `mutual_information`
+    *, extrapolate:bool=True, # as in `mutual_information`
     seed:int=0, # of the order in which ties are broken
+    n_threads:int=1, # threads that share the latents
 )->np.ndarray: # (latent, label) mutual information [nat]
     "Mutual information of every pair of numeric columns on the rows that both have; rows are taken as independent."
     ks, out = _neighbours(k, extrapolate), np.full((x.shape[1], y.shape[1]), np.nan)
@@ -264,37 +325,23 @@ def mutual_information_matrix(
     for x_here, nodes in _patterns(x):
         for y_here, names in _patterns(y):
             here = x_here & y_here
-            n = int(here.sum())
-            if n < ks[-1] + 2: continue
-            ranks, row_of = _ranks_among(orders_x[nodes], here, n), np.argsort(_ranks_among(orders_y[names], here, n), axis=1)
-            out[np.ix_(nodes, names)] = _ksg_matrix(ranks, row_of, ks, (n,) * int(ks[-1]), _psi_table(n))
+            ranks = _ranks_among(orders_y[names], here)
+            out[np.ix_(nodes, names)] = _ksg_matrix(orders_x[nodes], ranks, int(here.sum()), ks, n_threads)
     return out
 
-# %% ../nbs/30_depend.ipynb #b81d5f71
-def _presorted(
-    values:np.ndarray, # (row, column), NaN sorts last
-    rng:np.random.Generator, # breaks ties
-)->np.ndarray: # (column, row) row numbers in ascending order of each column
-    "Sorting of every column, ties in random order."
-    shuffle = rng.permutation(len(values)).astype(np.int32)
-    return np.stack([shuffle[np.argsort(c[shuffle])] for c in values.T])
-
-# %% ../nbs/30_depend.ipynb #b0eb39f2
+# %% ../nbs/30_depend.ipynb #e8a26b52
 @njit(cache=True, nogil=True)
 def _ranks_among(
     orders:np.ndarray, # (column, row) row numbers in ascending order
     here:np.ndarray, # (row,) rows to keep
-    n:int, # number of rows kept
-)->np.ndarray: # (column, kept) ranks among the rows kept
+)->np.ndarray: # (column, row) ranks among the rows kept, -1 for the others
     "Ranks of the kept rows, from the sorting of all rows."
-    place = np.cumsum(here) - 1
-    ranks = np.empty((orders.shape[0], n), np.int32)
+    ranks = np.empty(orders.shape, np.int32)
     for c in range(orders.shape[0]):
         rank = 0
         for row in orders[c]:
-            if here[row]:
-                ranks[c, place[row]] = rank
-                rank += 1
+            ranks[c, row] = rank if here[row] else -1
+            rank += here[row]
     return ranks
 
 # %% ../nbs/30_depend.ipynb #1b8a234b
@@ -697,7 +744,7 @@ def _estimates(
     rows = np.concatenate([units.order[s:s + m] for s, m in zip(units.start, units.size)])
     return np.stack([mi, spearman_matrix(x[rows], y[rows], np.repeat(1 / units.size, units.size))])
 
-# %% ../nbs/30_depend.ipynb #ef00ae5c
+# %% ../nbs/30_depend.ipynb #98c8729b
 def _with_interval(
     x:np.ndarray, y:np.ndarray, # (row, latent) and (row, label) complete
     units:Units, # groups of these rows
@@ -708,10 +755,12 @@ def _with_interval(
     scale = lambda s: np.stack([s[0], np.arctanh(np.clip(s[1], -0.999999, 0.999999))])
     estimate = _estimates(x, y, units, ks, discrete, seed)
     low = high = np.full_like(estimate, np.nan)
-    if level is not None and units.n_groups >= 2 * (ks[-1] + 2):
-        part = lambda groups: scale(_estimates(x, y, units.take(groups), ks, discrete, seed))
+    if level is not None and units.n_groups >= 2 * (ks[0] + 2):
+        inner = ks if units.n_groups >= 2 * (ks[-1] + 2) else ks[:1]      # halves too small to extrapolate
+        part = lambda groups: scale(_estimates(x, y, units.take(groups), inner, discrete, seed))
         error, freedom = subsample_error(part, units.n_groups, np.random.default_rng((seed, 99)))
         reach = error * student_t.ppf(0.5 + level / 2, freedom)
+        reach[0] += np.abs(estimate - _estimates(x, y, units, ks[:1], discrete, seed))[0] / 3
         low, high = scale(estimate) - reach, scale(estimate) + reach
     return {"mi": estimate[0], "spearman": estimate[1], "mi_low": low[0], "mi_high": high[0],
             "spearman_low": np.tanh(low[1]), "spearman_high": np.tanh(high[1])}
@@ -735,7 +784,7 @@ def _flags(
     dead = (np.ptp(x, axis=0) == 0) if len(x) else np.ones(x.shape[1], bool)
     return np.array([";".join(dict.fromkeys(common + ["constant"] * bool(d))) for d in dead], object)
 
-# %% ../nbs/30_depend.ipynb #f0f17773
+# %% ../nbs/30_depend.ipynb #cb1331af
 def association(
     latents, # latents Dataset, DataArray, ndarray or DataFrame (spectrum, latent)
     labels=None, # None: coordinates of role label or factor | names | dict | DataFrame | Dataset
@@ -744,7 +793,7 @@ def association(
     n_permutations:int=999, # arrangements of the null; 0: no p-values
     seed:int=0, # of ties, draws, permutations and cuts
     k:int=3, # neighbours
-    extrapolate:bool=False, # see `mutual_information`
+    extrapolate:bool=True, # see `mutual_information`
     level:float|None=0.9, # of the intervals; None: no intervals
     n_draws:int|None=None, # exposures drawn of each group; None: the mean number, at most 10
     min_groups:int=20, # fewer groups than this are flagged
@@ -856,7 +905,7 @@ def matrix_frame(
     frame = frame[first + [c for c in frame.columns if c not in first]]
     return frame.sort_values("mi", ascending=False, ignore_index=True) if sort else frame
 
-# %% ../nbs/30_depend.ipynb #96ddc603
+# %% ../nbs/30_depend.ipynb #8378bcfa
 def conditional_mutual_information(
     x:np.ndarray, # (row,)
     y:np.ndarray, # (row,)
@@ -865,8 +914,7 @@ def conditional_mutual_information(
     *, seed:int=0, # of ties and jitter
 )->float: # [nat]; NaN when too few rows are complete
     "Information of x and y given z, nearest neighbours on ranks [Frenzel & Pompe 2007]; ValueError when lengths differ."
-    x, y, z = np.asarray(x, float), np.asarray(y, float), np.asarray(z, float)
-    z = z.reshape(len(z), -1)
+    x, y, z = np.asarray(x, float), np.asarray(y, float), np.asarray(z, float).reshape(len(z), -1)
     if not (x.shape == y.shape == z.shape[:1]): raise ValueError(f"x {x.shape}, y {y.shape} and z {z.shape} differ in length")
     rows = np.isfinite(x) & np.isfinite(y) & np.isfinite(z).all(1)
     n, rng = rows.sum(), np.random.default_rng(seed)
@@ -899,7 +947,7 @@ def local_permutation(
         used[given[row]] = True
     return given
 
-# %% ../nbs/30_depend.ipynb #394ad850
+# %% ../nbs/30_depend.ipynb #b67ba365
 def conditional_association(
     latents, # latents Dataset, DataArray, ndarray or DataFrame (spectrum, latent)
     labels=None, # as in `association`
@@ -907,7 +955,7 @@ def conditional_association(
     groups=None, # exchangeable units: coordinate name or (spectrum,) array; None: every row for itself
     n_permutations:int=199, # local permutations; 0: no p-values
     k:int=3, seed:int=0, n_draws:int|None=None, # neighbours; of everything random; exposures drawn of each group
-)->xr.Dataset: # over (latent, label): mi, conditional_mi [nat], p, q, n_groups
+)->xr.Dataset: # over (latent, label): mi, conditional_mi, gaussian_cmi [nat], p, q, n_groups
     "Information of every node and label given other labels, with p-values from local permutations."
     table = latent_table(latents)
     known = np.stack([_as_number(v)[0] for v in label_table(table, given).values()], 1)
@@ -919,7 +967,7 @@ def conditional_association(
     return xr.Dataset({name: (("latent", "label"), v) for name, v in out.items()}, {"latent": table.latent.values, "label": list(columns)},
                       dict(given=str(list(label_table(table, given))), n_permutations=n_permutations, seed=seed, k=k))
 
-# %% ../nbs/30_depend.ipynb #2bc2b1ca
+# %% ../nbs/30_depend.ipynb #22719601
 def _conditional_pair(
     x:np.ndarray, y:np.ndarray, z:np.ndarray, # (row,), (row,), (row, condition), NaN where missing
     codes:np.ndarray, # (row,) group numbers
@@ -936,4 +984,52 @@ def _conditional_pair(
         ranks = np.stack([average_ranks(c) for c in z[r].T], 1)
         null = [conditional_mutual_information(x[r], y[r][local_permutation(ranks, rng)], z[r], k, seed=seed) for _ in range(n_permutations)]
         p = permutation_p(np.r_[each[0][1], null])
-    return {"mi": mi, "conditional_mi": cmi, "p": p, "n_groups": units.n_groups}
+    gaussian = np.mean([_gaussian_conditional(x[r], y[r], z[r]) for r in draws])
+    return {"mi": mi, "conditional_mi": cmi, "gaussian_cmi": gaussian, "p": p, "n_groups": units.n_groups}
+
+# %% ../nbs/30_depend.ipynb #8e6c3a11
+def _gaussian_conditional(
+    x:np.ndarray, y:np.ndarray, z:np.ndarray, # (row,), (row,), (row, condition), complete
+)->float: # [nat]; NaN when there are fewer than three rows more than conditions
+    "Conditional information of the Gaussian copula, from the partial correlation of normal scores."
+    if len(x) < z.shape[1] + 3: return np.nan
+    u, v, *w = (ndtri((average_ranks(c) + 0.5) / len(x)) for c in (x, y, *z.T))
+    w = np.stack(w, 1)
+    left = [c - w @ np.linalg.lstsq(w, c, rcond=None)[0] for c in (u, v)]
+    power = np.sqrt((left[0] @ left[0]) * (left[1] @ left[1]))
+    return float(-0.5 * np.log1p(-min((left[0] @ left[1] / power) ** 2, 1 - 1e-15))) if power > 1e-9 * len(x) else 0.0
+
+# %% ../nbs/30_depend.ipynb #49ab1c7a
+def confounder_view(
+    latents, # latents Dataset, DataArray, ndarray or DataFrame (spectrum, latent)
+    labels=None, # as in `association`, two or more
+    *, groups=None, # exchangeable units: coordinate name or (spectrum,) array; None: every row for itself
+    n_permutations:int=199, # local permutations; 0: no p-values
+    k:int=3, seed:int=0, n_draws:int|None=None, # as in `conditional_association`
+)->xr.Dataset: # over (latent, label, given): mi, gaussian_cmi [nat], p, q, n_groups; given "nothing", each label, "all others"
+    "Information of nodes and labels given nothing, each other label, and all others; ValueError for fewer than two labels."
+    columns = label_table(table := latent_table(latents), labels)
+    if len(columns) < 2: raise ValueError(f"only {list(columns)}: a confounder needs a second label")
+    settings = dict(groups=groups, n_permutations=n_permutations, k=k, seed=seed, n_draws=n_draws)
+    conditions = ["nothing", *columns] + ["all others"] * (len(columns) > 2)
+    out = {name: np.full((table.sizes["latent"], len(columns), len(conditions)), np.nan) for name in ("mi", "gaussian_cmi", "p", "n_groups")}
+    for b, c in np.ndindex(len(columns), len(conditions)):
+        label, condition = list(columns)[b], conditions[c]
+        if condition == label: continue
+        cells = _given(table, label, condition, columns, settings)
+        for name in out: out[name][:, b, c] = cells[name].values[:, 0]
+    out["q"] = benjamini_hochberg(np.where(np.array(conditions) == "nothing", np.nan, out["p"]))
+    coords = {"latent": table.latent.values, "label": list(columns), "given": conditions}
+    return xr.Dataset({n: (("latent", "label", "given"), v) for n, v in out.items()}, coords, dict(n_permutations=n_permutations, k=k, seed=seed))
+
+# %% ../nbs/30_depend.ipynb #d810e079
+def _given(
+    table:xr.DataArray, label:str, condition:str, columns:dict, settings:dict, # latents; see `confounder_view`
+)->dict: # name -> (latent, 1)
+    "One column of the confounder view; without a condition, the association of the pair."
+    one, known = {label: columns[label]}, [n for n in columns if n == condition or (condition == "all others" and n != label)]
+    if known:
+        cells = conditional_association(table, one, given={n: columns[n] for n in known}, **settings)
+        return {"mi": cells.conditional_mi, "gaussian_cmi": cells.gaussian_cmi, "p": cells.p, "n_groups": cells.n_groups}
+    cells = association(table, one, level=None, **settings)
+    return {"mi": cells.mi, "gaussian_cmi": cells.gaussian_mi, "p": cells.p, "n_groups": cells.n_groups}
