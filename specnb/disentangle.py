@@ -87,7 +87,7 @@ def blur_factor(
     blurred[known] = (rankdata(values[known]) - 0.5) / known.sum()
     return blurred + noise
 
-# %% ../nbs/32_disentangle.ipynb #9d67d9b8
+# %% ../nbs/32_disentangle.ipynb #3f6b9123
 def _untied_ranks(
     values, # (spectrum,) factor, NaN where missing
     seed:int=0, # of the order within ties
@@ -103,9 +103,9 @@ def blurred_entropy(
     levels:float=20, k:int=3, seed:int=0, # resolution, neighbours of the estimator, noise
 )->float: # information of a perfect code about the blurred factor [nat]; NaN for a constant
     "What a perfect code would know of the factor at this resolution."
-    return mutual_information(_untied_ranks(values, seed), blur_factor(values, levels, seed), k=k)
+    return mutual_information(_untied_ranks(values, seed), blur_factor(values, levels, seed), k=k, extrapolate=False)
 
-# %% ../nbs/32_disentangle.ipynb #456a419a
+# %% ../nbs/32_disentangle.ipynb #0cb0435f
 def one_per_group(
     codes:np.ndarray, # (spectrum,) group codes
     n_draws:int=3, seed:int=0, # how many draws; one where no group repeats
@@ -130,7 +130,7 @@ def information_matrix(
         known = np.flatnonzero(np.isfinite(column))
         draws = [known[rows] for rows in one_per_group(codes[known], n_draws, seed)] if len(known) else []
         if not draws or len(draws[0]) < 4 * k or np.ptp(column[known]) == 0: continue
-        out[:, j] = [np.mean([mutual_information(x[rows], column[rows], k=k) for rows in draws]) for x in z.T]
+        out[:, j] = [np.mean([mutual_information(x[rows], column[rows], k=k, extrapolate=False) for rows in draws]) for x in z.T]
     return out
 
 # %% ../nbs/32_disentangle.ipynb #5942d369

@@ -3,7 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from specnb.dims import (beyond_labels, dead_cut, effective_rank, informative_nodes, intraclass_correlation, node_statistics, shuffle_loss, variance_shares, weighted_quantile)
+from scipy import stats
+from specnb.dims import (beyond_labels, dead_cut, effective_rank, informative_nodes, intraclass_correlation, node_statistics, noise_null, shuffle_loss, variance_shares, weighted_quantile)
 
 
 def population(rng, n_stars=300, n_exposures=3, n_live=4, n_dead=20, rare=0.05):
@@ -121,6 +122,60 @@ def test_beyond_labels():
     found = beyond_labels(nodes, {"teff": gaps}, groups=star)
     assert found.r2[0] > 0.5 and found.unexplained[1] > 0.3 and found.beyond[1] and not found.beyond[2]
     assert found.r2[2] < 0.05
+
+
+def test_every_criterion_has_a_null(rng):
+    "Live nodes are told from their own noise by every criterion that can see them, dead ones by none, the rare one by its tail."
+    latents = population(rng)
+    weights = rng.normal(size=(latents.sizes["latent"], 30))
+    found = informative_nodes(latents, groups="object", decode=lambda z: 1 + 0.01 * z @ weights, n_bootstrap=20, n_null=99)
+    names = ["p_mad", "p_active_units", "p_kl", "p_rate", "p_signal_fraction", "p_tail_signal", "p_shuffle", "p_icc"]
+    for name in names: assert (found[name].values[:4] <= 0.02).all(), name
+    for name in names[:-1]: assert (found[name].values[5:] > 0.2).all(), name
+    assert found.p_tail_signal[4] <= 0.02 < found.p_mad[4]
+    assert (found.p_icc.values[5:] <= 0.05).mean() < 0.25
+    assert found.attrs["effective_rank_low"] < found.attrs["effective_rank"] < found.attrs["effective_rank_high"] and found.attrs["effective_rank_null"] > 20
+    bare = informative_nodes(rng.normal(size=(60, 3)), n_bootstrap=5)
+    assert bare.p_mad.isnull().all() and "p_kl" not in bare                     # neither widths nor repeats: no null
+
+
+def test_noise_null_is_uniform_on_the_boundary():
+    rng = np.random.default_rng(4)
+    sigma = rng.uniform(0.3, 0.8, (120, 200))
+    p = noise_null(sigma * rng.normal(size=sigma.shape), sigma, sigma, 99, rng)
+    for name in ("mad", "active_units", "kl", "rate", "signal_fraction", "tail_signal"):
+        assert stats.kstest(p[name] - rng.random(200) / 100, "uniform").pvalue > 0.003, name
+
+
+def test_repeatability_p_is_uniform_for_noise(rng):
+    star = np.repeat(np.arange(40), rng.integers(1, 6, 40))
+    p = intraclass_correlation(rng.normal(size=(star.size, 500)), star).p.values
+    assert stats.kstest(p, "uniform").pvalue > 0.005
+
+
+def test_informative_count_against_the_planted_count_over_seeds():
+    "Twelve populations, from nothing but dead nodes to eight live ones."
+    off = []
+    for seed in range(12):
+        rng = np.random.default_rng(100 + seed)
+        n_live = int(rng.integers(1, 8))
+        found = informative_nodes(population(rng, n_live=n_live), groups="object", n_bootstrap=20, n_null=0)
+        off.append(found.attrs["n_informative"] - n_live - 1)
+    assert off == [0] * 12
+
+
+def test_functions_of_the_labels_are_not_beyond_them():
+    "Curved functions of two labels, measured well: their remainder repeats, because no regression is perfect."
+    called, caught, real = [], [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        star = np.repeat(np.arange(120), 3)
+        a, b, own = rng.normal(size=(3, 120))
+        nodes = np.c_[np.tanh(2 * a), a * b, np.exp(b), np.sin(2 * a) + b, 0.5 * own + a][star] + 0.1 * rng.normal(size=(360, 5))
+        found = beyond_labels(nodes, {"a": a[star], "b": b[star]}, groups=star, n_null=39, seed=seed)
+        called.append(found.beyond.values[:4]); caught.append(found.icc_low.values[:4] > 0); real.append(bool(found.beyond[4]))
+    assert np.mean(caught) > 0.5                                                # repeatability alone is fooled
+    assert np.mean(called) < 0.1 and all(real)
 
 
 def test_small_pieces(rng):
