@@ -104,7 +104,7 @@ def bench_accuracy():
     "Bias of both estimators, scikit-learn and ennemi over the known distributions."
     estimators = {"ours": lambda x, y: mutual_information(x, y), "ours, plain": lambda x, y: mutual_information(x, y, extrapolate=False),
                   "scikit-learn": lambda x, y: mutual_info_regression(x[:, None], y, random_state=0)[0]}
-    if ennemi: estimators["ennemi"] = lambda x, y: ennemi.estimate_mi(y, x, k=3, max_threads=1, preprocess=False).item()
+    if ennemi: estimators["ennemi"] = lambda x, y: ennemi.estimate_mi(y, x, k=3, max_threads=1).item()
     sizes, worst = {500: (200, 20), 4000: (60, 12), 50000: (8, 2)}, {}
     print(f"bias [nat] at N = {list(sizes)}, with its standard error: " + " | ".join(estimators))
     for part in ("tuning", "test"):
@@ -123,10 +123,10 @@ def bench_accuracy():
         print(f"  {part}, N = {n}, worst: " + ", ".join(f"{label} {max(v)[0]:.4f} (standard error {max(v)[1]:.4f}; mean scatter {np.mean([s for *_, s in v]):.3f})" for label, v in by.items()))
 
 
-def bench_coverage(repeats=100):
+def bench_coverage(repeats=100, sizes=(400, 2500), choices=(True, False)):
     "Share of the 90 % intervals of `association` that hold the truth, over all known distributions."
-    for n in (400, 2500):
-        for extrapolate in (True, False):
+    for n in sizes:
+        for extrapolate in choices:
             share = {}
             for part in ("tuning", "test"):
                 for name, (sample, truth) in getattr(known_information, part)().items():
