@@ -147,18 +147,20 @@ def log_variance(self:IndependentAxes,
     if not self.fitted: return logvar
     return (self.jacobian(mean).square() * logvar.exp()[:, None]).sum(2).clamp_min(1e-30).log()
 
-# %% ../nbs/20_axes.ipynb #67fcf83d
+# %% ../nbs/20_axes.ipynb #2f951702
 def distinct_nodes(
     mean:torch.Tensor, # (row, latent) codes
     logvar:torch.Tensor, # (row, latent) their log variances
     active_kl:float=0.5, # nodes below this divergence are dead [nat]
     redundant:float=0.5, # share of its variance that stronger nodes may predict
+    first:int=0, # nodes before this one are left out
 )->torch.Tensor: # (node,) indices in ascending order
     "Live nodes that are no repetition of stronger ones, the strongest first asked."
     kl, chosen = 0.5*(mean.square() + logvar.exp() - logvar - 1).mean(0), []
     scores = (mean - mean.mean(0))/mean.std(0).clamp_min(1e-12)
     for node in kl.argsort(descending=True).tolist():
         if kl[node] <= active_kl: break
+        if node < first: continue
         fit = torch.linalg.lstsq(scores[:, chosen], scores[:, node:node + 1]).solution if chosen else torch.zeros(0, 1)
         left = scores[:, node] - (scores[:, chosen] @ fit)[:, 0]
         if left.var() > 1 - redundant: chosen.append(node)
@@ -203,13 +205,14 @@ def _fit_bend(axes, mean, logvar, nodes, generator, diagonality, stiffness, n_st
         optimiser.step(); schedule.step()
     axes.requires_grad_(False)
 
-# %% ../nbs/20_axes.ipynb #eeae4745
+# %% ../nbs/20_axes.ipynb #b58b6d17
 def fit_axes(
     mean:torch.Tensor, # (row, latent) codes of training spectra
     logvar:torch.Tensor, # (row, latent) their log variances
     seed:int=0, # of rows kept back and batches
     hidden:int=32, # width of the functions
     active_kl:float=0.5, # nodes below this divergence are left alone [nat]
+    first:int=0, # nodes before this one are left alone, too
     diagonality:float=0.01, # weight of a diagonal posterior
     stiffness:float=0.03, # weight of moved points
     n_steps:int=600, bs:int=2000, # steps of the bend, rows in one
@@ -217,7 +220,7 @@ def fit_axes(
     "Independent axes of a code, from its training set alone."
     mean, logvar, generator = mean.detach().float().cpu(), logvar.detach().float().cpu(), torch.Generator().manual_seed(seed)
     plain = IndependentAxes(mean.shape[1], hidden)
-    nodes, order = distinct_nodes(mean, logvar, active_kl), torch.randperm(len(mean), generator=generator)
+    nodes, order = distinct_nodes(mean, logvar, active_kl, first=first), torch.randperm(len(mean), generator=generator)
     if len(nodes) < 2 or len(mean) < 1000: return plain
     held, rows = order[:len(mean)//5], order[len(mean)//5:]
     candidates = _candidates(plain, mean[rows], logvar[rows], nodes, generator, diagonality, stiffness, n_steps, bs)

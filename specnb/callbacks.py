@@ -92,7 +92,7 @@ class DisentangleCallback(Callback):
         own = [m.name for m in self.learn.metrics if isinstance(m, TermMetric) and m.callback is self]
         self.learn._metrics = self.learn.metrics + [TermMetric(self, name) for name in names if name not in own]
 
-# %% ../nbs/23_callbacks.ipynb #becdcd88
+# %% ../nbs/23_callbacks.ipynb #fee1c27c
 @patch
 def _sample(self:DisentangleCallback, mean, logvar, z):
     "The code that the network drew; on validation data, one of our own."
@@ -105,7 +105,8 @@ def after_loss(self:DisentangleCallback):
     "Add the terms to the loss and keep their values for the table."
     if not self.learn.yb: return
     mean, logvar, z = (values.float() for values in self.pred[1:4])
-    terms = objective_terms(self.objective, self.pct_train, mean, logvar, self._sample(mean, logvar, z), len(self.dls.train.dataset))
+    learned = slice(getattr(self.model, "n_built_in", 0), None)
+    terms = objective_terms(self.objective, self.pct_train, mean[:, learned], logvar[:, learned], self._sample(mean, logvar, z)[:, learned], len(self.dls.train.dataset))
     self.values = {name: value.detach() for name, (value, _) in terms.items()}
     self.values |= dict(reconstruction=self.learn.loss.detach(), beta=beta_at(self.objective, self.pct_train))
     if not self.training: self._note_nodes(mean, logvar)

@@ -6,9 +6,9 @@
 __all__ = ['START_ROWS', 'PRESETS', 'NetConfig', 'check_config', 'FluxFrontEnd', 'LineFrontEnd', 'SpectrumNetwork',
            'paper_stages', 'PaperNetwork', 'paper_network', 'n_parameters', 'load_reference_state', 'ConvEncoder',
            'lowrank_decoder', 'ConvDecoder', 'independent_axes', 'SpectrumVAE', 'whitened_components',
-           'continuum_components', 'net_config', 'build_network']
+           'continuum_components', 'DopplerNetwork', 'net_config', 'build_network']
 
-# %% ../nbs/21_nets.ipynb #6e82e3d1
+# %% ../nbs/21_nets.ipynb #0c562b50
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,13 +18,14 @@ from fastcore.basics import patch
 from torch import nn
 
 from .axes import IndependentAxes
+from .doppler import FrameAligner, LinearPart, align, fit_aligner, fit_part, shift_errors, shift_rows, significant
 
-# %% ../nbs/21_nets.ipynb #78c5a19d
+# %% ../nbs/21_nets.ipynb #858af63a
 @dataclass(frozen=True)
 class NetConfig:
     "Everything that decides the layers of a network."
     preset:str = "demo" # name of the preset that these settings started from
-    family:str = "vae" # "vae": layers as listed below; "paper": the published pattern
+    family:str = "vae" # "vae": layers as listed below; "paper": the published pattern; "doppler": star and sky in frames of their own
     n_pixels:int = 4096 # length of a spectrum
     n_latent:int = 10 # nodes of the bottleneck
     frontend:str = "lines" # "lines": line residual and continuum; "flux": one channel, as it is
@@ -33,6 +34,7 @@ class NetConfig:
     continuum_weight:float = 2. # weight of a pixel of the continuum beside one of the lines
     continuum_whitening:float = 0.5 # 0: continua as they are; 1: all their principal components equally strong
     continuum_nodes:int = 3 # nodes that start as independent components of the continuum ("lines" only)
+    velocity_step:float | None = None # velocity of a pixel, "doppler" only [km/s]
     axes_hidden:int = 32 # width of the functions that bend the axes after training; 0: axes stay as trained
     channels:tuple = (32, 64, 64) # encoder channels
     kernels:tuple = (32, 9, 5) # encoder kernels [pixel]
@@ -42,8 +44,8 @@ class NetConfig:
     decoder_widths:tuple = (256, 128) # dense layers of the decoder
     logvar_bias:float = -3. # log variance of every node before training
 
-# %% ../nbs/21_nets.ipynb #1cacb2a1
-_CHOICES = dict(family=("vae", "paper"), frontend=("lines", "flux"), decoder=("lowrank", "conv"))
+# %% ../nbs/21_nets.ipynb #f4553925
+_CHOICES = dict(family=("vae", "paper", "doppler"), frontend=("lines", "flux"), decoder=("lowrank", "conv"))
 
 def check_config(
     config:NetConfig, # settings to look at
@@ -60,6 +62,7 @@ def check_config(
     if not 0 <= config.continuum_nodes <= config.n_latent:
         raise ValueError(f"continuum_nodes={config.continuum_nodes!r}: use 0 to n_latent={config.n_latent}")
     if not 0 <= config.continuum_whitening <= 1: raise ValueError(f"continuum_whitening={config.continuum_whitening!r}: use 0 to 1")
+    if config.family == "doppler" and (config.n_latent < 3 or config.frontend != "lines"): raise ValueError("family 'doppler' needs n_latent >= 3 and frontend 'lines'")
     if config.frontend == "lines" and config.lowpass is not None and not 0 < config.lowpass < config.n_pixels:
         raise ValueError(f"lowpass={config.lowpass!r}: use a width between 0 and n_pixels")
     return config
@@ -100,7 +103,7 @@ class FluxFrontEnd(nn.Module):
     )->torch.Tensor: # (batch, pixel) flux [median flux]
         return channels[:, 0]
 
-# %% ../nbs/21_nets.ipynb #e3982652
+# %% ../nbs/21_nets.ipynb #49677bc6
 class LineFrontEnd(nn.Module):
     "Two channels: lines relative to a smooth continuum, and the logarithm of that continuum."
     n_channels = 2
@@ -113,7 +116,7 @@ class LineFrontEnd(nn.Module):
         whitening:float=0., # 0: continua as they are; 1: all their principal components equally strong
     ):
         super().__init__()
-        self.n_pixels, self.floor, self.whitening = n_pixels, floor, whitening
+        self.n_pixels, self.lowpass, self.floor, self.whitening = n_pixels, lowpass, floor, whitening
         self.register_buffer("channel_weight", torch.tensor([[1.], [continuum_weight]]), persistent=False)
         self.n_fft = 2 ** math.ceil(math.log2(n_pixels + 4 * lowpass))
         frequency = torch.fft.rfftfreq(self.n_fft, dtype=torch.float64)
@@ -234,9 +237,11 @@ def _fit_components(self:LineFrontEnd, batches):
     weight = values**-self.whitening
     self.gain[:n] = (weight*values.sum()/(weight*values).sum()).sqrt().float()
 
-# %% ../nbs/21_nets.ipynb #97131254
+# %% ../nbs/21_nets.ipynb #177d8904
 class SpectrumNetwork(nn.Module):
     "A front end, an encoder to normal distributions, and a decoder."
+    n_built_in = 0 # the first nodes that are not learned but built in; no objective touches them
+
     def __init__(self,
         config:NetConfig, # settings
     ):
@@ -533,12 +538,125 @@ def fit_frontend(self:SpectrumVAE,
     self.encoder.mean.weight[:self.n_start], self.encoder.mean.bias[:self.n_start] = 0., 0.
     return self
 
-# %% ../nbs/21_nets.ipynb #a12940df
+# %% ../nbs/21_nets.ipynb #ae57ef69
+def _dense(inward, hidden, outward):
+    return nn.Sequential(nn.Linear(inward, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, outward))
+
+class DopplerNetwork(SpectrumNetwork):
+    "Star lines shifted by node 0, sky lines shifted by node 1, and a continuum; the other nodes are learned."
+    n_built_in, components = 2, (40, 4, 24) # of star, sky and continuum
+
+    def __init__(self,
+        config:NetConfig, # settings with family "doppler" and a velocity step
+    ):
+        super().__init__(config)
+        if config.velocity_step is None: raise ValueError("family 'doppler' needs velocity_step, the width of a pixel [km/s]: net_config(..., velocity_step=...)")
+        self.frontend, n_learned = LineFrontEnd(config.n_pixels, self.frontend.lowpass, config.floor), config.n_latent - 2
+        self.aligner = FrameAligner(config.n_pixels, config.velocity_step)
+        self.parts = nn.ModuleList(LinearPart(config.n_pixels, n) for n in self.components)
+        self.encoder, self.decoder = _dense(sum(self.components), config.hidden, 2*n_learned), _dense(n_learned, config.hidden, sum(self.components))
+        nn.init.constant_(self.encoder[-1].bias[n_learned:], config.logvar_bias)
+        with torch.no_grad(): self.encoder[-1].weight[n_learned:] *= 0.1
+        self.axes = IndependentAxes(config.n_latent, config.axes_hidden)
+        self.register_buffer("shift_scale", torch.ones(2)) # one standard deviation of the shifts [pixel]
+        self.register_buffer("shift_logvar", torch.zeros(2)) # log variance of a shift in these units
+
+    @property
+    def weight(self): return torch.cat([part.weight for part in self.parts])
+
+# %% ../nbs/21_nets.ipynb #0faac9db
+@patch
+def _channels(self:DopplerNetwork, flux, ivar):
+    "Lines, log continuum and mask, each (batch, pixel)."
+    with torch.autocast(flux.device.type, enabled=False): raw, valid = self.frontend.raw_channels(flux, ivar)
+    lines, shape = (raw*valid[:, None]).unbind(1)
+    return lines, shape, valid
+
+@patch
+@torch.no_grad()
+def project(self:DopplerNetwork,
+    flux:torch.Tensor, # (batch, pixel) flux [median flux]
+    ivar:torch.Tensor|None=None, # (batch, pixel) inverse variance, 0 = do not use
+)->torch.Tensor: # (batch, 2 + components) both shifts in units of their spread, then the scores of the parts
+    "What dense layers see of a spectrum; fixed once the front end is fitted."
+    lines, shape, valid = self._channels(self._rows(flux), self._rows(ivar))
+    star, sky, *rows = align(self.aligner, lines, valid)
+    return torch.cat((torch.stack((star, sky), 1)/self.shift_scale, *(part(r) for part, r in zip(self.parts, (*rows, shape)))), 1)
+
+# %% ../nbs/21_nets.ipynb #4cb1a159
+@patch
+@torch.no_grad()
+def fit_frontend(self:DopplerNetwork,
+    batches, # iterable of (flux, ivar, ...), each (batch, pixel)
+)->DopplerNetwork: # itself
+    "Fit front end, aligner and parts to training spectra, unless it has been done."
+    if self.frontend.fitted: return self
+    self.frontend.fit(batches)
+    pieces, wanted, device = [], max(min(2048, 64_000_000//self.config.n_pixels), 128), self.shift_scale.device
+    for flux, ivar, *_ in batches:
+        pieces.append(self._channels(flux.to(device), ivar.to(device)))
+        if sum(len(piece[0]) for piece in pieces) >= wanted: break
+    lines, shape, valid = (torch.cat(piece)[:wanted] for piece in zip(*pieces))
+    fit_aligner(self.aligner, lines, valid)
+    star, sky, star_rows, sky_rows = (torch.cat(part) for part in zip(*(align(self.aligner, x, ok) for x, ok in zip(lines.split(256), valid.split(256)))))
+    errors, spread = shift_errors(self.aligner, lines[:512], valid[:512])
+    self.shift_scale.copy_(torch.where(spread > 1e-3, spread, 1.))
+    self.shift_logvar.copy_(2*(errors/self.shift_scale).clamp_min(1e-3).log())
+    stands_out = (-significant(sky_rows.mean(0))).clamp_min(0).sqrt()/self.aligner.variance.sqrt()
+    settings = ((star_rows, 0.5, 1., None), (sky_rows, 0., 0.3, stands_out), (shape, 0.5, 1., None))
+    for part, (rows, whitening, total, look) in zip(self.parts, settings): fit_part(part, rows, whitening, total, look)
+    return self
+
+# %% ../nbs/21_nets.ipynb #46bd4514
+@patch
+def _projected(self:DopplerNetwork, flux, ivar):
+    return flux if flux.ndim == 2 and flux.shape[1] == 2 + sum(self.components) else self.project(flux, ivar)
+
+@patch
+def encode(self:DopplerNetwork,
+    flux:torch.Tensor, # (batch, pixel) or (batch, 1, pixel) flux [median flux], or what `project` made of it
+    ivar:torch.Tensor|None=None, # like flux: inverse variance, 0 = do not use
+)->tuple[torch.Tensor, torch.Tensor]: # mean and log variance of the code, each (batch, latent)
+    "The code of each spectrum, as a normal distribution."
+    rows = self._projected(flux, ivar)
+    with self._autocast(rows): mean, logvar = self.encoder(rows[:, 2:]).float().chunk(2, 1)
+    mean, logvar = torch.cat((rows[:, :2], mean), 1), torch.cat((self.shift_logvar.expand(len(rows), 2), logvar), 1)
+    return self.axes(mean), self.axes.log_variance(mean, logvar)
+
+@patch
+def decode(self:DopplerNetwork,
+    z:torch.Tensor, # (batch, latent) codes
+)->torch.Tensor: # (batch, pixel) flux [median flux]
+    "The spectrum of each code."
+    z = self.axes.inverse(z)
+    with self._autocast(z): scores = self.decoder(z[:, 2:]).float()
+    star, sky, shape = (part.inverse(s) for part, s in zip(self.parts, scores.split(self.components, 1)))
+    star, sky = (shift_rows(rows, z[:, i]*self.shift_scale[i], self.aligner.n_fft) for i, rows in enumerate((star, sky)))
+    flux = (1 + star)*(1 + sky)*shape.clamp(-20, 20).exp()*self.frontend.coverage
+    return flux/flux[:, self.frontend.coverage > 0].median(1, keepdim=True).values.clamp_min(1e-3)
+
+# %% ../nbs/21_nets.ipynb #e2250733
+@patch
+def forward(self:DopplerNetwork,
+    flux:torch.Tensor, # (batch, pixel) flux [median flux], or what `project` made of it
+    ivar:torch.Tensor|None=None, # (batch, pixel) inverse variance, 0 = do not use
+)->tuple: # flux (batch, pixel) or, in training, the scores; mean, logvar, z (batch, latent); scores, target, weight (batch, 1, component)
+    "Reconstruction and everything that an objective needs."
+    rows = self._projected(flux, ivar)
+    mean, logvar = self.encode(rows)
+    z = mean + torch.randn_like(mean)*(0.5*logvar).exp() if self.training else mean
+    with self._autocast(z): scores = self.decoder(self.axes.inverse(z)[:, 2:]).float()
+    size = (self.weight*len(self.weight)).sqrt() # the mean over components becomes the weighted sum
+    output, target = ((values*size)[:, None] for values in (scores, rows[:, 2:]))
+    return scores if self.training else self.decode(z), mean, logvar, z, output, target, torch.ones_like(target)
+
+# %% ../nbs/21_nets.ipynb #5f0c35bb
 PRESETS = {
     "paper": NetConfig(preset="paper", family="paper", n_pixels=327_680, n_latent=128, frontend="flux"),
     "paper_scaled": NetConfig(preset="paper_scaled", family="paper", n_latent=128, frontend="flux"),
     "demo": NetConfig(),
     "demo_conv": NetConfig(preset="demo_conv", decoder="conv"),
+    "doppler": NetConfig(preset="doppler", family="doppler", n_latent=12, continuum_nodes=0),
     "tiny": NetConfig(preset="tiny", n_pixels=512, n_latent=6, continuum_nodes=2, channels=(8, 16), kernels=(9, 5), strides=(8, 4), hidden=32, decoder_widths=(32, 16)),
 }
 
@@ -554,10 +672,10 @@ def net_config(
         raise ValueError(f"preset 'paper' has 327,680 pixels, not {config.n_pixels:,}: use 'paper_scaled', or prepare the spectra as the paper did")
     return check_config(config)
 
-# %% ../nbs/21_nets.ipynb #6bdfdd30
+# %% ../nbs/21_nets.ipynb #82c7ff93
 def build_network(
     config:NetConfig|str="demo", # settings, or the name of a preset
 )->SpectrumNetwork: # network with fresh weights
     "The network that the settings describe."
     if isinstance(config, str): config = net_config(config)
-    return (PaperNetwork if config.family == "paper" else SpectrumVAE)(config)
+    return dict(paper=PaperNetwork, doppler=DopplerNetwork, vae=SpectrumVAE)[config.family](config)
