@@ -212,12 +212,13 @@ def fit(self:LineFrontEnd,
     self.is_fitted.fill_(True)
     return self
 
-# %% ../nbs/21_nets.ipynb #92b280b3
+# %% ../nbs/21_nets.ipynb #2a2e1417
 @patch
-def continua(self:LineFrontEnd, batches, n_rows):
-    "Centred and scaled continua of training spectra, not yet emphasised, (row, pixel) in double precision."
-    rows = []
+def continua(self:LineFrontEnd, batches, n_rows, more_noise=False):
+    "Centred and scaled continua of training spectra, not yet emphasised, (row, pixel) in double precision; with their noise doubled on request."
+    rows, generator = [], torch.Generator().manual_seed(0)
     for flux, ivar, *_ in batches:
+        if more_noise: flux = flux + torch.randn(flux.shape, generator=generator).to(flux)*ivar.clamp_min(1e-30).rsqrt()*(ivar > 0)
         raw, _ = self.raw_channels(flux.to(self.centre.device), ivar.to(self.centre.device))
         rows.append((raw[:, 1] - self.centre[1])/self.scale[1]*self.coverage)
         if sum(map(len, rows)) >= n_rows: break
@@ -519,7 +520,7 @@ def continuum_components(
     order = mixing.square().sum(1).argsort(descending=True)
     return (mixing*sign)[order], (unmixing*sign)[order]
 
-# %% ../nbs/21_nets.ipynb #a61fbcf9
+# %% ../nbs/21_nets.ipynb #eec893b6
 START_ROWS = 1000 # fewer training spectra start without components of the continuum
 
 @patch
@@ -531,9 +532,12 @@ def fit_frontend(self:SpectrumVAE,
     if self.frontend.fitted: return self
     self.frontend.fit(batches)
     if self.n_start == 0: return self
-    rows = self.frontend.continua(batches, max(min(2048, 64_000_000//self.config.n_pixels), 4*self.n_start))
+    n_rows = max(min(2048, 64_000_000//self.config.n_pixels), 4*self.n_start)
+    rows = self.frontend.continua(batches, n_rows)
     if len(rows) < START_ROWS: return self
     mixing, unmixing = continuum_components(rows, self.n_start, self.config.n_pixels/16)
+    by_noise = (self.frontend.continua(batches, n_rows, more_noise=True) - rows) @ unmixing.T
+    if (by_noise.var(0) > 0.5*(rows @ unmixing.T).var(0)).any(): return self
     self.mixing.copy_(mixing); self.unmixing.copy_(unmixing)
     self.encoder.mean.weight[:self.n_start], self.encoder.mean.bias[:self.n_start] = 0., 0.
     return self

@@ -68,11 +68,11 @@ def test_entropy_approaches_the_truth(name, draw, truth):
     assert float(spacing_entropy(torch.tensor([1.0]*100))) < -8  # a constant has no entropy, and no infinity either
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_linear_mixtures_are_undone(seed):
     rng, truth = np.random.default_rng(seed), causes(5000, seed)
     mixed = truth @ np.linalg.qr(rng.normal(size=(4, 4)))[0]
-    axes = fit_axes(torch.tensor(mixed[:4000]).float(), torch.full((4000, 4), -6.), seed=seed)
+    axes = fit_axes(torch.tensor(mixed[:4000]).float(), torch.full((4000, 4), -6.), seed=seed, n_steps=200)
     assert axes.fitted and (found(axes(torch.tensor(mixed[4000:]).float()).numpy(), truth[4000:]) > 0.98).all()
     assert axes.gains[0] > 0.1
 
@@ -88,10 +88,10 @@ def test_curved_mixtures_need_the_bend():
     assert (found(axes(mixed[5000:]).numpy(), truth[5000:]) > 0.97).all()
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_independent_nodes_are_left_alone(seed):
     torch.manual_seed(seed)
-    assert not fit_axes(torch.randn(4000, 4), torch.full((4000, 4), -6.)).fitted
+    assert not fit_axes(torch.randn(4000, 4), torch.full((4000, 4), -6.), n_steps=200).fitted
 
 
 def test_two_normal_causes_follow_the_posterior():
