@@ -57,7 +57,7 @@ def _pair_cost(a, b, covariance, angles, diagonality):
     first, second = c**2*aa + s**2*bb + 2*c*s*ab, s**2*aa + c**2*bb - 2*c*s*ab
     return entropy + diagonality*0.5*(first.log() + second.log())
 
-# %% ../nbs/20_axes.ipynb #24253228
+# %% ../nbs/20_axes.ipynb #57a95537
 class IndependentAxes(nn.Module):
     "An invertible map of the code: a linear one, then every live node scaled and shifted by functions of the others."
     def __init__(self,
@@ -75,7 +75,9 @@ class IndependentAxes(nn.Module):
 
     @property
     def fitted(self)->bool: return bool(self.live.any())
+    def reset(self): self.load_state_dict(IndependentAxes(*self.inner.shape[:0:-1]).state_dict()) # as if new
     def _nodes(self): return self.live.nonzero()[:, 0].tolist()
+    def _straight(self, mean): return ((mean - self.centre)/self.scale) @ self.linear.T
 
 # %% ../nbs/20_axes.ipynb #1025a72a
 @patch
@@ -98,14 +100,14 @@ def _bend(self:IndependentAxes, y):
         y = torch.cat((y[:, :i], new[:, None], y[:, i + 1:]), 1)
     return y, volume, moved
 
-# %% ../nbs/20_axes.ipynb #fb4ba4d7
+# %% ../nbs/20_axes.ipynb #8807d710
 @patch
 def forward(self:IndependentAxes,
     mean:torch.Tensor, # (row, latent) the network's code
 )->torch.Tensor: # (row, latent) the same on independent axes, live nodes with zero mean and unit variance
     "From the network's axes to the independent ones."
     if not self.fitted: return mean
-    y = self._bend(((mean - self.centre)/self.scale) @ self.linear.T)[0]
+    y = self._bend(self._straight(mean))[0]
     return (y - self.out_centre)/self.out_scale
 
 @patch
@@ -120,13 +122,13 @@ def inverse(self:IndependentAxes,
         y = torch.cat((y[:, :i], ((y[:, i] - shift)*(-log_scale).exp())[:, None], y[:, i + 1:]), 1)
     return y @ torch.linalg.inv(self.linear).T*self.scale + self.centre
 
-# %% ../nbs/20_axes.ipynb #1a85eed7
+# %% ../nbs/20_axes.ipynb #a6227343
 @patch
 def jacobian(self:IndependentAxes,
     mean:torch.Tensor, # (row, latent) the network's code
 )->torch.Tensor: # (row, latent, latent) derivative of the new code after the old one
     "Derivative of the map at every row."
-    y = ((mean - self.centre)/self.scale) @ self.linear.T
+    y = self._straight(mean)
     jacobian = (self.linear/self.scale).expand(len(mean), -1, -1)
     for i in self._nodes():
         hidden, others, log_scale, shift = self._functions(y, i)
@@ -166,10 +168,10 @@ def distinct_nodes(
         if left.var() > 1 - redundant: chosen.append(node)
     return torch.tensor(sorted(chosen), dtype=torch.long)
 
-# %% ../nbs/20_axes.ipynb #b33922ec
+# %% ../nbs/20_axes.ipynb #07c9eba0
 def _cost(axes, rows, nodes):
     "Sum of entropies less the volume change: the total correlation up to a constant [nat]."
-    y, volume, moved = axes._bend(((rows - axes.centre)/axes.scale) @ axes.linear.T)
+    y, volume, moved = axes._bend(axes._straight(rows))
     volume = volume.mean() + torch.linalg.slogdet(axes.linear)[1]
     return spacing_entropy(y[:, nodes].T).sum() - volume, volume, moved.mean()
 

@@ -7,7 +7,7 @@ __all__ = ['BUNDLE_FORMAT', 'ReconstructionLoss', 'training_codes', 'align_axes'
            'spectrum_learner', 'history_frame', 'run_identity', 'Checkpoint', 'load_checkpoint', 'fit_resumable',
            'save_bundle', 'Bundle', 'load_bundle']
 
-# %% ../nbs/24_learner.ipynb #5ee4de76
+# %% ../nbs/24_learner.ipynb #afd60265
 import hashlib, json, os
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +27,7 @@ from fastcore.basics import listify
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 
-from .axes import IndependentAxes, fit_axes
+from .axes import fit_axes
 from .callbacks import DisentangleCallback, EpochSeed, StopOnNaN
 from .loader import spectrum_dataloaders
 from .nets import NetConfig, SpectrumNetwork, build_network, net_config
@@ -68,7 +68,7 @@ def _check_length(model, dls):
     n_own, n_data = model.config.n_pixels, dls.train.dataset.n_pixels
     if n_own != n_data: raise ValueError(f"the network takes {n_own} pixels, the spectra have {n_data}: use net_config(..., n_pixels={n_data})")
 
-# %% ../nbs/24_learner.ipynb #13af2240
+# %% ../nbs/24_learner.ipynb #81e509d5
 @torch.no_grad()
 def training_codes(
     learn:Learner, # of `spectrum_learner`
@@ -88,29 +88,30 @@ def align_axes(
 )->Learner: # the same
     "Fit the independent axes of the network to its training set, in place."
     model = learn.model
-    model.axes.load_state_dict(IndependentAxes(model.config.n_latent, model.config.axes_hidden).state_dict())
+    model.axes.reset()
     with torch.enable_grad(): axes = fit_axes(*training_codes(learn), seed=learn.epoch_seed.seed, hidden=model.config.axes_hidden, first=model.n_built_in)
     model.axes.load_state_dict(axes.state_dict())
     return learn
 
-# %% ../nbs/24_learner.ipynb #e874d214
+# %% ../nbs/24_learner.ipynb #b47dbd6e
 class FitAxes(Callback):
     "Fits the independent axes when training has run to its end."
     order = 70
 
-    def _has_axes(self): return hasattr(self.model, "axes") and self.model.config.axes_hidden > 0 and not hasattr(self.learn, "lr_finder")
+    def _concerned(self): return self.model.has_axes and not hasattr(self.learn, "lr_finder")
     def before_fit(self):
         "Train on the network's own axes."
-        if self._has_axes(): self.model.axes.load_state_dict(IndependentAxes(self.model.config.n_latent, self.model.config.axes_hidden).state_dict())
+        if self._concerned(): self.model.axes.reset()
     def after_fit(self):
         "Align, unless the fit was cut short."
-        if self._has_axes() and self.learn.pct_train > 0.999: align_axes(self.learn)
+        if self._concerned() and self.learn.pct_train > 0.999: align_axes(self.learn)
 
-# %% ../nbs/24_learner.ipynb #3172a580
+# %% ../nbs/24_learner.ipynb #d36f72e2
 class KeepProjections(Callback):
     "Gives a network with a fixed first stage what that stage makes of each spectrum, made once."
     order = 55 # after spectra have arrived where the network is
 
+    def __getstate__(self): return {name: value for name, value in self.__dict__.items() if name != "kept"} # an exported learner holds no data
     def _all(self, data):
         device, n = next(self.model.parameters()).device, len(data)
         groups = [np.arange(start, min(start + 256, n)) for start in range(0, n, 256)]
@@ -119,10 +120,10 @@ class KeepProjections(Callback):
         "Make what is not there yet."
         if not hasattr(self, "kept"): self.kept = {}
         for loader in self.dls.loaders:
-            if len(loader.dataset) and id(loader.dataset) not in self.kept: self.kept[id(loader.dataset)] = self._all(loader.dataset)
+            if len(loader.dataset) and loader.dataset not in self.kept: self.kept[loader.dataset] = self._all(loader.dataset)
     def before_batch(self):
         "Replace spectra by their projections."
-        rows, positions = self.kept.get(id(self.dl.dataset)) if hasattr(self, "kept") else None, getattr(self.dl, "positions", None)
+        rows, positions = self.kept.get(self.dl.dataset) if hasattr(self, "kept") else None, getattr(self.dl, "positions", None)
         if rows is not None and positions is not None: self.learn.xb = (rows[positions],)
 
 # %% ../nbs/24_learner.ipynb #b78e4c94
@@ -224,7 +225,7 @@ def load_checkpoint(
             raise ValueError(f"{path} belongs to another run: its {name} is {state['identity'].get(name)}, not {value}. Remove it, or use another folder")
     return state
 
-# %% ../nbs/24_learner.ipynb #301de74b
+# %% ../nbs/24_learner.ipynb #5fd41ea8
 def fit_resumable(
     learn:Learner, # of `spectrum_learner`, untrained
     n_epoch:int, # epochs of the whole run
@@ -243,7 +244,7 @@ def fit_resumable(
         learn.model.load_state_dict(state["model"]); learn.opt.load_state_dict(state["optimiser"])
         earlier, start = state["history"], state["epoch"] + 1
     if start >= n_epoch:
-        if hasattr(learn.model, "axes") and learn.model.config.axes_hidden: align_axes(learn)
+        if learn.model.has_axes: align_axes(learn)
         return pd.DataFrame(earlier)
     learn.fit_one_cycle(n_epoch, lr, start_epoch=start, cbs=Checkpoint(path, identity, earlier), **kwargs)
     return history_frame(learn, earlier)

@@ -103,7 +103,7 @@ class FluxFrontEnd(nn.Module):
     )->torch.Tensor: # (batch, pixel) flux [median flux]
         return channels[:, 0]
 
-# %% ../nbs/21_nets.ipynb #49677bc6
+# %% ../nbs/21_nets.ipynb #e3982652
 class LineFrontEnd(nn.Module):
     "Two channels: lines relative to a smooth continuum, and the logarithm of that continuum."
     n_channels = 2
@@ -116,7 +116,7 @@ class LineFrontEnd(nn.Module):
         whitening:float=0., # 0: continua as they are; 1: all their principal components equally strong
     ):
         super().__init__()
-        self.n_pixels, self.lowpass, self.floor, self.whitening = n_pixels, lowpass, floor, whitening
+        self.n_pixels, self.floor, self.whitening = n_pixels, floor, whitening
         self.register_buffer("channel_weight", torch.tensor([[1.], [continuum_weight]]), persistent=False)
         self.n_fft = 2 ** math.ceil(math.log2(n_pixels + 4 * lowpass))
         frequency = torch.fft.rfftfreq(self.n_fft, dtype=torch.float64)
@@ -238,10 +238,13 @@ def _fit_components(self:LineFrontEnd, batches):
     weight = values**-self.whitening
     self.gain[:n] = (weight*values.sum()/(weight*values).sum()).sqrt().float()
 
-# %% ../nbs/21_nets.ipynb #177d8904
+# %% ../nbs/21_nets.ipynb #76413bbc
 class SpectrumNetwork(nn.Module):
     "A front end, an encoder to normal distributions, and a decoder."
     n_built_in = 0 # the first nodes that are not learned but built in; no objective touches them
+
+    @property
+    def has_axes(self)->bool: return hasattr(self, "axes") and self.config.axes_hidden > 0 # that can be made independent after training
 
     def __init__(self,
         config:NetConfig, # settings
@@ -542,7 +545,7 @@ def fit_frontend(self:SpectrumVAE,
     self.encoder.mean.weight[:self.n_start], self.encoder.mean.bias[:self.n_start] = 0., 0.
     return self
 
-# %% ../nbs/21_nets.ipynb #ae57ef69
+# %% ../nbs/21_nets.ipynb #203ae5eb
 def _dense(inward, hidden, outward):
     return nn.Sequential(nn.Linear(inward, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, outward))
 
@@ -555,7 +558,7 @@ class DopplerNetwork(SpectrumNetwork):
     ):
         super().__init__(config)
         if config.velocity_step is None: raise ValueError("family 'doppler' needs velocity_step, the width of a pixel [km/s]: net_config(..., velocity_step=...)")
-        self.frontend, n_learned = LineFrontEnd(config.n_pixels, self.frontend.lowpass, config.floor), config.n_latent - 2
+        n_learned = config.n_latent - 2
         self.aligner = FrameAligner(config.n_pixels, config.velocity_step)
         self.parts = nn.ModuleList(LinearPart(config.n_pixels, n) for n in self.components)
         self.encoder, self.decoder = _dense(sum(self.components), config.hidden, 2*n_learned), _dense(n_learned, config.hidden, sum(self.components))
@@ -654,13 +657,13 @@ def forward(self:DopplerNetwork,
     output, target = ((values*size)[:, None] for values in (scores, rows[:, 2:]))
     return scores if self.training else self.decode(z), mean, logvar, z, output, target, torch.ones_like(target)
 
-# %% ../nbs/21_nets.ipynb #5f0c35bb
+# %% ../nbs/21_nets.ipynb #973f775d
 PRESETS = {
     "paper": NetConfig(preset="paper", family="paper", n_pixels=327_680, n_latent=128, frontend="flux"),
     "paper_scaled": NetConfig(preset="paper_scaled", family="paper", n_latent=128, frontend="flux"),
     "demo": NetConfig(),
     "demo_conv": NetConfig(preset="demo_conv", decoder="conv"),
-    "doppler": NetConfig(preset="doppler", family="doppler", n_latent=12, continuum_nodes=0),
+    "doppler": NetConfig(preset="doppler", family="doppler", n_latent=12, continuum_nodes=0, continuum_whitening=0.),
     "tiny": NetConfig(preset="tiny", n_pixels=512, n_latent=6, continuum_nodes=2, channels=(8, 16), kernels=(9, 5), strides=(8, 4), hidden=32, decoder_widths=(32, 16)),
 }
 

@@ -51,9 +51,8 @@ def harps_crops(folder, star=None):
                         coords={"object": table.object.values, "night": table.night_mjd.values, "mjd_obs": table.mjd_obs.values, **labels})
 
 
-def train_and_encode(ds, split, folder, net="demo", n_epoch=60, bs=32, lr=2e-3, seed=0, objective="beta_tcvae", continuum_nodes=0, **overrides):
-    "The demo network; no node starts from the continuum, since a few hundred spectra are too few to tell its components apart."
-    overrides["continuum_nodes"] = continuum_nodes
+def train_and_encode(ds, split, folder, net="demo", n_epoch=60, bs=32, lr=2e-3, seed=0, objective="beta_tcvae", **overrides):
+    "The demo network, as it comes: below a thousand spectra it starts without components of the continuum by itself."
     recipe = PrepRecipe()
     dls = spectrum_dataloaders(ds, recipe, split=split, bs=bs, seed=seed, device="cpu")
     learn = spectrum_learner(dls, net_config(net, ds.sizes["wavelength"], **overrides), objective, lr=lr, seed=seed)
