@@ -7,9 +7,10 @@ __all__ = ['ordinal_ranks', 'mutual_information', 'mutual_information_matrix', '
            'linfoot', 'histogram_information', 'pearson_matrix', 'spearman_matrix', 'Units', 'make_units', 'rank_bins',
            'tested_statistics', 'row_weights', 'permutation_p', 'family_wise_p', 'benjamini_hochberg',
            'subsample_error', 'latent_table', 'label_table', 'group_codes', 'association', 'matrix_frame',
-           'conditional_mutual_information', 'local_permutation', 'conditional_association', 'confounder_view']
+           'without_trend', 'conditional_mutual_information', 'local_permutation', 'conditional_association',
+           'confounder_view']
 
-# %% ../nbs/30_depend.ipynb #09c00043
+# %% ../nbs/30_depend.ipynb #54fba958
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from numba import njit
+from scipy.interpolate import BSpline
 from scipy.special import digamma, ndtri
 from scipy.spatial import cKDTree
 from scipy.stats import t as student_t
@@ -905,21 +907,72 @@ def matrix_frame(
     frame = frame[first + [c for c in frame.columns if c not in first]]
     return frame.sort_values("mi", ascending=False, ignore_index=True) if sort else frame
 
-# %% ../nbs/30_depend.ipynb #8378bcfa
+# %% ../nbs/30_depend.ipynb #e8b9e8b7
+def _trend_columns(
+    z:np.ndarray, # (row, condition) what is given
+)->np.ndarray: # (row, column)
+    "Smooth functions of the conditions: normal scores and, where there are rows enough, cubic splines and products."
+    n, m = z.shape
+    ranks = np.stack([(average_ranks(c) + 0.5) / n for c in z.T], 1)
+    scores = ndtri(ranks)
+    columns = [np.ones((n, 1)), scores]
+    if n >= 10 * (9 * m + m * (m - 1) // 2):
+        knots = np.r_[[0] * 3, np.linspace(0, 1, 6), [1] * 3]
+        columns += [BSpline.design_matrix(r, knots, 3).toarray() for r in ranks.T]
+        columns += [scores[:, [i]] * scores[:, [j]] for i in range(m) for j in range(i)]
+    return np.concatenate(columns, 1)
+
+# %% ../nbs/30_depend.ipynb #c88e3df1
+def without_trend(
+    values:np.ndarray, # (row,) complete
+    z:np.ndarray, # (row, condition) what is given, complete
+    seed:int=0, # of the five parts
+)->np.ndarray: # (row,) normal scores of the values less a smooth function of what is given
+    "What the conditions do not predict, every fifth of the rows by a ridge regression on the others."
+    n, design, rng = len(values), _trend_columns(z), np.random.default_rng((seed, 6))
+    scores, part = ndtri((average_ranks(values) + 0.5) / n), rng.permutation(n) % 5
+    left, ridge = scores.copy(), 1e-6 * n * np.eye(design.shape[1])
+    for f in range(5):
+        others = design[part != f]
+        left[part == f] -= design[part == f] @ np.linalg.solve(others.T @ others + ridge, others.T @ scores[part != f])
+    return _without_neighbours(left, z) + 0.01 * rng.normal(size=n)
+
+def _without_neighbours(
+    left:np.ndarray, # (row,)
+    z:np.ndarray, # (row, condition)
+    n_near:int=8, # neighbours
+)->np.ndarray: # (row,)
+    "The same less the mean of its neighbours in z, where that leaves less."
+    if len(left) <= 4 * n_near: return left
+    ranks = np.stack([average_ranks(c) for c in z.T], 1)
+    rest = left - left[cKDTree(ranks).query(ranks, n_near + 1)[1][:, 1:]].mean(1)
+    return rest if rest.var() < left.var() else left
+
+# %% ../nbs/30_depend.ipynb #ec8d7e2e
 def conditional_mutual_information(
     x:np.ndarray, # (row,)
     y:np.ndarray, # (row,)
     z:np.ndarray, # (row,) or (row, condition) what is given
     k:int=3, # neighbours
-    *, seed:int=0, # of ties and jitter
+    *, seed:int=0, # of ties, jitter and the parts of the regression
 )->float: # [nat]; NaN when too few rows are complete
-    "Information of x and y given z, nearest neighbours on ranks [Frenzel & Pompe 2007]; ValueError when lengths differ."
+    "Information of x and y given z, nearest neighbours on ranks after trends with z [Frenzel & Pompe 2007]; ValueError when lengths differ."
     x, y, z = np.asarray(x, float), np.asarray(y, float), np.asarray(z, float).reshape(len(z), -1)
     if not (x.shape == y.shape == z.shape[:1]): raise ValueError(f"x {x.shape}, y {y.shape} and z {z.shape} differ in length")
     rows = np.isfinite(x) & np.isfinite(y) & np.isfinite(z).all(1)
-    n, rng = rows.sum(), np.random.default_rng(seed)
-    if n < k + 2: return float("nan")
-    u, v, *w = (ordinal_ranks(c[rows], rng) + rng.random(n) for c in (x, y, *z.T))
+    if rows.sum() < k + 2: return float("nan")
+    x, y, z = x[rows], y[rows], z[rows]
+    return _conditional_ksg(without_trend(x, z, 2 * seed), without_trend(y, z, 2 * seed + 1), z, k, seed)
+
+# %% ../nbs/30_depend.ipynb #7e988161
+def _conditional_ksg(
+    x:np.ndarray, y:np.ndarray, z:np.ndarray, # (row,), (row,), (row, condition), complete
+    k:int, seed:int, # neighbours; ties and jitter
+)->float: # [nat]
+    "The nearest-neighbour estimate itself, ranks of z at half the scale."
+    n, rng = len(x), np.random.default_rng(seed)
+    u, v, *w = (ordinal_ranks(c, rng) + rng.random(n) for c in (x, y, *z.T))
+    w = [0.5 * c for c in w]
     reach = cKDTree(np.stack([u, v, *w], 1)).query(np.stack([u, v, *w], 1), k + 1, p=np.inf)[0][:, -1]
     mean_psi = lambda *columns: digamma(_neighbours_within(np.stack(columns, 1), reach)).mean()
     return float(digamma(k) - mean_psi(u, *w) - mean_psi(v, *w) + mean_psi(*w))
@@ -967,7 +1020,7 @@ def conditional_association(
     return xr.Dataset({name: (("latent", "label"), v) for name, v in out.items()}, {"latent": table.latent.values, "label": list(columns)},
                       dict(given=str(list(label_table(table, given))), n_permutations=n_permutations, seed=seed, k=k))
 
-# %% ../nbs/30_depend.ipynb #22719601
+# %% ../nbs/30_depend.ipynb #c2fce049
 def _conditional_pair(
     x:np.ndarray, y:np.ndarray, z:np.ndarray, # (row,), (row,), (row, condition), NaN where missing
     codes:np.ndarray, # (row,) group numbers
@@ -982,7 +1035,8 @@ def _conditional_pair(
     p, r = np.nan, draws[0]
     if n_permutations and len(r) > k + 1 and np.ptp(y[r]) > 0:
         ranks = np.stack([average_ranks(c) for c in z[r].T], 1)
-        null = [conditional_mutual_information(x[r], y[r][local_permutation(ranks, rng)], z[r], k, seed=seed) for _ in range(n_permutations)]
+        u, v = without_trend(x[r], z[r], 2 * seed), without_trend(y[r], z[r], 2 * seed + 1)
+        null = [_conditional_ksg(u, v[local_permutation(ranks, rng)], z[r], k, seed) for _ in range(n_permutations)]
         p = permutation_p(np.r_[each[0][1], null])
     gaussian = np.mean([_gaussian_conditional(x[r], y[r], z[r]) for r in draws])
     return {"mi": mi, "conditional_mi": cmi, "gaussian_cmi": gaussian, "p": p, "n_groups": units.n_groups}
