@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUNDLE_FORMAT', 'ReconstructionLoss', 'training_codes', 'align_axes', 'FitAxes', 'KeepProjections',
            'spectrum_learner', 'history_frame', 'run_identity', 'Checkpoint', 'load_checkpoint', 'fit_resumable',
-           'save_bundle', 'Bundle', 'load_bundle']
+           'fit_starts', 'save_bundle', 'Bundle', 'load_bundle']
 
 # %% ../nbs/24_learner.ipynb #afd60265
 import hashlib, json, os
@@ -248,6 +248,27 @@ def fit_resumable(
         return pd.DataFrame(earlier)
     learn.fit_one_cycle(n_epoch, lr, start_epoch=start, cbs=Checkpoint(path, identity, earlier), **kwargs)
     return history_frame(learn, earlier)
+
+# %% ../nbs/24_learner.ipynb #b2685e09
+def fit_starts(
+    make, # callable: seed -> untrained learner of `spectrum_learner`
+    seeds, # one a start
+    n_epoch:int, # epochs of each
+    folder, # where the checkpoints are kept, a folder a start
+    lr:float|None=None, # peak learning rate; None: the learners' own
+    **kwargs, # passed on to `fit_one_cycle`
+)->tuple: # the learner that is kept; table with seed, valid_loss and the other terms at the last epoch, and kept (bool)
+    "Train from several seeds and keep the lowest validation loss; resumable. ValueError without seeds or validation spectra."
+    best, rows = None, []
+    for seed in dict.fromkeys(int(s) for s in seeds):
+        learn = make(seed)
+        if not len(learn.dls.valid.dataset): raise ValueError("the starts are compared on validation spectra, and there are none: give some a share in the split")
+        history = fit_resumable(learn, n_epoch, Path(folder)/f"start-{seed}", lr, **kwargs)
+        rows.append(dict(seed=seed, **history.iloc[-1].drop("epoch")))
+        if best is None or rows[-1]["valid_loss"] < best[0]: best = rows[-1]["valid_loss"], seed, learn
+    if best is None: raise ValueError("no seeds: give one a start")
+    table = pd.DataFrame(rows)
+    return best[2], table.assign(kept=table.seed == best[1])
 
 # %% ../nbs/24_learner.ipynb #2bc8523c
 BUNDLE_FORMAT = 1

@@ -10,6 +10,9 @@ Which node stands for a factor, and the calibration of a velocity, are settled o
 PCA and ICA with as many components see the same prepared spectra, once as prepared (pixels without a measurement are zero, so that the
 moving detector gap is itself a signal: the Earth's velocity) and once with such pixels at their training mean, as the network sees them.
 The second is what the network competes with. Three labels are drawn at random: a pair of node and random label at q < 0.05 is an invention.
+
+`--hidden activity` adds a cause that no catalogue reports (a chromosphere in Ca II H and K), gives every star two exposures (and so half the
+stars), and asks whether the node that follows it is found without knowing it: as one that holds more of its star than the labels explain.
 """
 import argparse
 import os
@@ -22,15 +25,16 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.progress import ProgressCallback
 from scipy.stats import rankdata
 from sklearn.decomposition import PCA, FastICA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.isotonic import IsotonicRegression
 from specnb.depend import association, mutual_information
-from specnb.dims import informative_nodes
+from specnb.dims import beyond_labels, informative_nodes
 from specnb.disentangle import mig
 from specnb.encode import decoder, encode
-from specnb.learner import load_bundle, save_bundle, spectrum_learner
+from specnb.learner import fit_starts, load_bundle, save_bundle, spectrum_learner
 from specnb.loader import spectrum_dataloaders
 from specnb.nets import PRESETS, LineFrontEnd
 from specnb.prep import PrepRecipe, split_by_object
@@ -56,21 +60,26 @@ class StopAfter(Callback):
         if self.training and time.process_time() - self.start > self.seconds: raise CancelFitException
 
 
-def survey(seed, n_stars, n_pixels):
-    "Independent stars, one exposure each, with the simulator's unrecorded continuum slope as a further truth."
-    ds = sample_survey(n_stars, 1, seed, log_grid(3785, 6910, n_pixels), random_labels=3)
-    slope = [np.random.default_rng([seed, row]).normal() for row in range(n_stars)]
+def survey(seed, n_spectra, n_pixels, hidden=()):
+    "Independent stars, one exposure each (two where a cause is hidden), with the simulator's unrecorded continuum slope as a further truth."
+    exposures = 2 if hidden else 1
+    ds = sample_survey(n_spectra//exposures, exposures, seed, log_grid(3785, 6910, n_pixels), random_labels=3, hidden=hidden)
+    slope = [np.random.default_rng([seed, row]).normal() for row in range(ds.sizes["spectrum"])]
     return ds.assign_coords(slope=("spectrum", slope, {"role": "factor", "note": "drawn by the simulator, not among its factors"}))
 
 
 def fit(dls, mode, seed, options, seconds=None):
-    "Train; the learner, its seconds and CPU-seconds (the independent axes included) and its epochs."
-    settings = MODES[mode]
-    learn = spectrum_learner(dls, settings["net"], settings["objective"], lr=settings["lr"], seed=seed)
-    clock, cpu = time.perf_counter(), time.process_time()
-    with learn.no_bar(), learn.no_logging():
-        if mode == "paper": learn.fit(10_000, settings["lr"], cbs=StopAfter(seconds))
-        else: learn.fit_one_cycle(options.epochs or settings["epochs"], settings["lr"])
+    "Train; the learner, its seconds and CPU-seconds (all starts and the independent axes included) and its epochs."
+    settings, clock, cpu = MODES[mode], time.perf_counter(), time.process_time()
+    def make(seed):
+        learn = spectrum_learner(dls, settings["net"], settings["objective"], lr=settings["lr"], seed=seed)
+        learn.logger = lambda *row: None
+        return learn.remove_cb(ProgressCallback)
+    if mode == "paper": (learn := make(seed)).fit(10_000, settings["lr"], cbs=StopAfter(seconds))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            learn, starts = fit_starts(make, [1000*k + seed for k in range(options.starts)], options.epochs or settings["epochs"], folder)
+        if options.starts > 1: print(starts[["seed", "valid_loss", "reconstruction", "kl", "kept"]].round(4).to_string(index=False), flush=True)
     return learn, time.perf_counter() - clock, time.process_time() - cpu, learn.epoch + learn.iter/len(dls.train) if mode == "paper" else learn.n_epoch
 
 
@@ -89,7 +98,7 @@ def _abs_rank_correlation(codes, values):
 def best_nodes(codes, truth):
     "For every factor: the node chosen on training stars, its |Spearman| and mutual information [nat] on test stars."
     out = {}
-    for name in SHOWN:
+    for name in truth["train"]:
         j = int(_abs_rank_correlation(codes["train"], truth["train"][name]).argmax())
         out[name] = j, float(_abs_rank_correlation(codes["test"], truth["test"][name])[j]), mutual_information(codes["test"][:, j], truth["test"][name])
     return out
@@ -158,9 +167,17 @@ def inventions(latents, seed):
     return dict(inventions=int((table.q.sel(label=chance) < 0.05).sum()), p_below_5=int((table.p.sel(label=chance) < 0.05).sum()), pairs=latents.sizes["latent"]*len(chance))
 
 
+def discovery(latents, hidden, node, seed):
+    "Whether the node that follows the hidden cause stands out without it: beyond the labels, and how close any label comes to it."
+    labels = [n for n, c in latents.coords.items() if c.attrs.get("role") in ("label", "factor") and not c.attrs.get("hidden") and n != "slope"]
+    left = beyond_labels(latents, labels, groups="object", seed=seed).isel(latent=node)
+    nearest = {n: float(_abs_rank_correlation(latents["mean"].values[:, [node]], latents[n].values)[0]) for n in labels if np.isfinite(latents[n].values).all()}
+    return {"hidden|beyond": bool(left.beyond), "hidden|unexplained": float(left.unexplained), "hidden|p": float(left.p), "hidden|nearest label": max(nearest, key=nearest.get), "hidden|nearest rho": max(nearest.values())}
+
+
 def one_seed(seed, mode, options):
     "Everything of one seed as one row."
-    ds = survey(seed, options.stars, options.pixels)
+    ds = survey(seed, options.stars, options.pixels, options.hidden)
     split, recipe = split_by_object(ds, 0.05, 0.15, seed), PrepRecipe()
     dls = spectrum_dataloaders(ds, recipe, split=split, bs=MODES[mode]["bs"], seed=seed, device="cpu", memory_limit=8e9)
     seconds = paper_seconds(spectrum_dataloaders(ds, recipe, split=split, bs=32, seed=seed, device="cpu", memory_limit=8e9), seed, options) if mode == "paper" else None
@@ -169,7 +186,7 @@ def one_seed(seed, mode, options):
         bundle = load_bundle(save_bundle(Path(folder)/"bundle", learn.model, wavelength=dls.train.dataset.wavelength, recipe=recipe))
     rows = {side: np.flatnonzero(split.values == side) for side in ("train", "test")}
     latents = {side: encode(bundle, ds.isel(spectrum=rows[side]), progress=False) for side in rows}
-    truth = {side: {n: latents[side][n].values for n in SHOWN} for side in rows}
+    truth = {side: {n: latents[side][n].values for n in (*SHOWN, *options.hidden)} for side in rows}
     flux, ivar = {"train": dls.train.dataset.cache[0], "test": dls[2].dataset.cache[0]}, {"train": dls.train.dataset.cache[1], "test": dls[2].dataset.cache[1]}
     n = latents["test"].sizes["latent"]
     codes = {"node": {side: latents[side]["mean"].values for side in rows}} | linear_codes(flux, {side: ivar[side] > 0 for side in ivar}, n, seed)
@@ -182,14 +199,15 @@ def one_seed(seed, mode, options):
     for kind, value in cross_correlation(flux, ivar, ds.wavelength.values).items(): row[f"scatter|{kind}"] = velocity_scatter(value, truth)
     judged = informative_nodes(latents["test"], decode=decoder(bundle), seed=seed)
     row |= dict(informative=judged.attrs["n_informative"], mig=float(mig(latents["test"], list(PLANTED), n_subsamples=0, seed=seed).score))
+    for name in options.hidden: row |= discovery(latents["test"], name, row[f"{name}|node|which"], seed)
     return row | inventions(latents["test"], seed)
 
 
-def factor_table(frame):
+def factor_table(frame, hidden=()):
     "Median and worst |Spearman| and mutual information of the best node, and the median |Spearman| of the linear methods, factor by factor."
     kinds = ["PCA as is", "PCA filled", "ICA as is", "ICA filled"]
     table = {}
-    for name in SHOWN:
+    for name in (*SHOWN, *hidden):
         of = lambda kind, what: frame[f"{name}|{kind}|{what}"]
         table[name] = {"rho median": of("node", "rho").median(), "rho worst": of("node", "rho").min(), "MI median": of("node", "mi").median(), "MI worst": of("node", "mi").min()}
         for kind in kinds: table[name] |= {f"{kind} rho": of(kind, "rho").median(), f"{kind} MI": of(kind, "mi").median()}
@@ -207,13 +225,14 @@ def report(frame, mode, options):
     "The tables of a mode."
     print(f"\nmode {mode}: {NOTES[mode]}\n{len(frame)} seeds, {options.stars} stars each, {options.pixels} pixels, {int(frame.test_stars.median())} test stars; MI in nat; "
           "'below filled' counts the seeds in which PCA or ICA of the filled spectra did better than the best node\n")
-    print(factor_table(frame).round(3).to_string())
+    print(factor_table(frame, options.hidden).round(3).to_string())
+    if options.hidden: print("\nthe node that follows the hidden cause\n" + frame.filter(like="hidden|").rename(columns=lambda n: n.split("|")[1]).round(3).to_string(index=False))
     scatter = frame.filter(like="scatter|").rename(columns=lambda n: n.split("|")[1])
     print("\nvelocity scatter after monotone calibration [km/s]\n" + pd.DataFrame({"median": scatter.median(), "worst": scatter.max()}).round(2).to_string())
     print(f"\ninformative nodes {frame.informative.median():.0f} ({frame.informative.min()}-{frame.informative.max()}), planted {len(PLANTED)}: {', '.join(PLANTED)}"
           f"\nMIG over the planted: median {frame.mig.median():.3f}, worst {frame.mig.min():.3f}"
           f"\nrandom labels: {frame.inventions.sum()} of {frame.pairs.sum()} pairs at q < 0.05, {frame.p_below_5.sum()} at p < 0.05"
-          f"\ntraining, axes included: median {frame.seconds.median():.0f} s, longest {frame.seconds.max():.0f} s; {frame.cpu_seconds.median():.0f} CPU-seconds; {frame.epochs.median():.1f} epochs; {options.threads} thread(s) of {os.cpu_count()} cores, {processor()}"
+          f"\ntraining, axes included: median {frame.seconds.median():.0f} s, longest {frame.seconds.max():.0f} s; {frame.cpu_seconds.median():.0f} CPU-seconds; {frame.epochs.median():.1f} epochs of {options.starts} start(s); {options.threads} thread(s) of {os.cpu_count()} cores, {processor()}"
           f"\n{', '.join(f'{k} {v}' for k, v in versions().items())}")
 
 
@@ -227,7 +246,9 @@ def main():
     parser.add_argument("--mode", choices=MODES, default="agnostic")
     for name, value in dict(seeds=5, first=0, stars=10_000, pixels=4096, threads=1).items(): parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--epochs", type=int, help="of the agnostic and the Doppler mode; default: those of MODES")
+    parser.add_argument("--starts", type=int, default=1, help="trainings from different seeds, of which the lowest validation loss is kept")
     parser.add_argument("--seconds", type=float, help="CPU-seconds of the paper's recipe; default: an agnostic run on the same spectra is timed first")
+    parser.add_argument("--hidden", action="append", default=[], choices=["activity"], help="a cause that no label reports; two exposures a star")
     parser.add_argument("--csv", type=Path, help="write the rows here")
     options = parser.parse_args()
     if MODES[options.mode]["net"] not in PRESETS: parser.error(f"mode {options.mode} needs the network preset {MODES[options.mode]['net']!r}, which this version of specnb lacks; it has {', '.join(PRESETS)}")
@@ -235,7 +256,7 @@ def main():
     rows = []
     for seed in range(options.first, options.first + options.seeds):
         rows.append(r := one_seed(seed, options.mode, options))
-        print(f"{options.mode}, seed {seed}: {r['seconds']:.0f} s ({r['cpu_seconds']:.0f} CPU), {r['epochs']:.1f} epochs; " + ", ".join(f"{n} {r[f'{n}|node|rho']:.3f} / {r[f'{n}|node|mi']:.2f} nat" for n in SHOWN)
+        print(f"{options.mode}, seed {seed}: {r['seconds']:.0f} s ({r['cpu_seconds']:.0f} CPU), {r['epochs']:.1f} epochs; " + ", ".join(f"{n} {r[f'{n}|node|rho']:.3f} / {r[f'{n}|node|mi']:.2f} nat" for n in (*SHOWN, *options.hidden))
               + f"; scatter {r['scatter|node']:.2f} km/s; {r['informative']} informative; MIG {r['mig']:.3f}; inventions {r['inventions']} of {r['pairs']}", flush=True)
         if options.csv: pd.DataFrame(rows).to_csv(options.csv, index=False)
     report(pd.DataFrame(rows), options.mode, options)
