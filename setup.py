@@ -7,6 +7,8 @@ parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 cfg = parser["DEFAULT"]
 statuses = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "app", "archive", "cluster")}
+whole = sorted({r for name in ("train", "app", "archive") for r in extras[name]})
 pythons = ["3.10", "3.11", "3.12", "3.13"]
 
 setup(
@@ -25,7 +27,7 @@ setup(
     include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={**extras, "all": whole, "dev": whole + cfg["dev_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

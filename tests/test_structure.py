@@ -27,7 +27,7 @@ NARROWER = {"nets": {2}, "objectives": {2}, "callbacks": {2}}
 HEAVY = {"torch", "fastai", "astropy", "holoviews", "panel"}
 FORBIDDEN = {0: HEAVY, 1: {"torch", "fastai", "holoviews", "panel"}, 2: {"astropy", "holoviews", "panel"}, 3: HEAVY, 4: {"torch", "fastai", "astropy"}, 5: set()}
 NETWORK = {"requests", "urllib3", "pyvo", "astroquery", "http", "ftplib", "httpx", "aiohttp", "urllib.request"}
-TOP_LEVEL = set("""nbs specnb tests settings.ini setup.py README.md _quarto.yml LICENSE CHANGELOG.md CONTRIBUTING.md MANIFEST.in Makefile constraints.txt
+TOP_LEVEL = set("""nbs specnb tests settings.ini setup.py README.md _quarto.yml LICENSE CHANGELOG.md CITATION.cff CONTRIBUTING.md MANIFEST.in Makefile constraints.txt
                    .ci .github .gitattributes .gitignore""".split())
 MACHINE_PATH = re.compile(r"(?<![\w.~:/-])(?:/(?:work|tmp|home|root|Users|private|var/folders|mnt|opt)/[\w.@-]+|[A-Z]:\\\\Users)")
 ids = dict(ids=lambda p: str(p.relative_to(NBS)) if isinstance(p, Path) else str(p))
@@ -312,12 +312,6 @@ def test_clean_leaves_no_diff(copy):
     before = contents(copy / "nbs", "*.ipynb")
     tool("nbdev_clean", copy)
     assert not changed(before, contents(copy / "nbs", "*.ipynb")), "run nbdev_clean"
-
-
-def test_pages_can_be_prepared_for_the_site(copy):
-    tool("nbdev_proc_nbs", copy)
-    made = {p.stem for p in (copy / "_proc").rglob("*.ipynb")}
-    assert {p.stem for p in PAGES} <= made, sorted({p.stem for p in PAGES} - made)
 
 
 def test_readme_is_made_from_the_index_page():
