@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ESO_CARDS', 'READERS', 'exposure_name', 'fibre_of', 'exposure_of', 'eso_identifier', 'order_snr', 'eso_coordinates',
-           'doubt', 'is_phase3', 'read_phase3', 'is_s1d', 'read_s1d', 'drs_kind', 'refuse_drs', 'is_eso_image',
-           'read_eso_image', 'spectrum_header', 'write_adp', 'write_s1d']
+           'doubt', 'is_phase3', 'phase3_parts', 'read_phase3', 'is_s1d', 's1d_parts', 'read_s1d', 'drs_kind',
+           'refuse_drs', 'is_eso_image', 'eso_image_parts', 'spectrum_header', 'write_adp', 'write_s1d']
 
-# %% ../nbs/11_eso.ipynb #fb8eb611
-import re
+# %% ../nbs/11_eso.ipynb #1e0f36af
+import os, re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ import xarray as xr
 from astropy.io import fits
 from astropy.time import Time
 
-from .fits import (NotASpectrum, Reader, first_card, frame_of, header_coordinates, medium_of, read_image_spectrum,
-                         read_table_spectrum, spectrum_image, spectrum_stem, to_number)
+from .fits import (NotASpectrum, Reader, first_card, frame_of, SpectrumParts, header_coordinates, image_parts, is_table, keys_starting, medium_of, parts_of,
+                         spectrum_stem, table_parts, to_number)
 
 # %% ../nbs/11_eso.ipynb #dfca3029
 _DP_ID = re.compile(r"([A-Z][A-Z0-9]{2,11})\.(\d{4}-\d\d-\d\d)T(\d\d)[:_](\d\d)[:_](\d\d\.\d{3})")
@@ -30,12 +31,12 @@ def exposure_name(
     found = _DP_ID.search(str(text))
     return f"{found[1]}.{found[2]}T{found[3]}:{found[4]}:{found[5]}" if found else ""
 
-# %% ../nbs/11_eso.ipynb #ca802292
+# %% ../nbs/11_eso.ipynb #9feacfd6
 def fibre_of(
     path:str|Path, # file
 ) -> str: # "A", "B", or "" when the name does not tell
     "HARPS fibre from the product's file name."
-    found = re.search(r"_(?:s1d|e2ds|ccf_\w+?|bis_\w+?)_([AB])(?![A-Za-z])", Path(path).name)
+    found = re.search(r"_(?:s1d|e2ds|ccf_\w+?|bis_\w+?)_([AB])(?![A-Za-z])", os.path.basename(path))
     return found[1] if found else ""
 
 def exposure_of(
@@ -44,7 +45,7 @@ def exposure_of(
 ) -> str: # name of the raw frame, "" when there are several or none is known
     "The exposure behind a product, so that two products of one can be recognised."
     if to_number(first_card(headers, ["NCOMBINE"])) > 1: return ""
-    name = exposure_name(Path(path).name) if not Path(path).name.startswith("ADP.") else ""
+    name = exposure_name(os.path.basename(path)) if not os.path.basename(path).startswith("ADP.") else ""
     name = name or exposure_name(first_card(headers, ["PROV1"]) or "")
     instrument, date = first_card(headers, ["INSTRUME"]), first_card(headers, ["DATE-OBS"])
     if not name and instrument in ("HARPS", "FEROS") and date: name = exposure_name(f"{instrument}.{date}")
@@ -61,7 +62,7 @@ def eso_identifier(
     exposure = exposure_of(path, headers)
     return exposure if exposure.startswith(("HARPS.", "FEROS.")) else spectrum_stem(path)
 
-# %% ../nbs/11_eso.ipynb #eecf42e0
+# %% ../nbs/11_eso.ipynb #162395d6
 ESO_CARDS = dict(berv=("ESO DRS BERV", "ESO QC BERV", "ESO QC VRAD BARYCOR", "BERV"), airmass=("AIRMASS", "ESO TEL AIRM START"),
                  seeing=("ESO TEL AMBI FWHM START",), humidity=("ESO TEL AMBI RHUM",))
 
@@ -69,7 +70,7 @@ def order_snr(
     header:fits.Header, # header of a DRS product
 ) -> float: # median over the orders, NaN without such cards
     "Median of the signal-to-noise ratios of the orders."
-    values = [to_number(first_card([header], [k])) for k in header if re.fullmatch(r"ESO DRS SPE EXT SN\d+", k)]
+    values = [to_number(first_card([header], [k])) for k in keys_starting(header, "ESO DRS SPE EXT SN") if k[18:].isdigit()]
     return float(np.nanmedian(values)) if values else np.nan
 
 def eso_coordinates(
@@ -85,29 +86,31 @@ def eso_coordinates(
     out |= {name: np.nan for name in ("seeing", "humidity") if not out[name] >= 0}
     return out | dict(spectrum_id=eso_identifier(path, headers), exposure=exposure_of(path, headers))
 
-# %% ../nbs/11_eso.ipynb #63ff5037
+# %% ../nbs/11_eso.ipynb #88bc8ebf
 def doubt(
     path:str|Path,    # file
     headers:Sequence, # its headers
-    ds:xr.Dataset,    # the spectrum as read
+    spectrum,         # SpectrumParts, or a Dataset of one spectrum
 ) -> str: # "" is good
     "Why a product should be used with care; empty when nothing speaks against it."
-    comments = [str(first_card([h], [k]) or "") for h in headers for k in h if k.startswith("QC_COMM")]
+    comments = [str(first_card([h], [k]) or "") for h in headers for k in keys_starting(h, "QC_COMM")]
     notes = [f"pipeline: {c}" for c in comments if c.lower() not in ("", "none")]
-    if ds.ivar.attrs["origin"] == "pipeline":
-        share = float((ds.flux.values*np.sqrt(ds.ivar.values) < -5).mean())
+    parts = spectrum if isinstance(spectrum, SpectrumParts) else parts_of(spectrum)
+    if parts.coords["ivar_origin"] == "pipeline":
+        below = np.flatnonzero(parts.flux < 0)
+        share = float((parts.flux[below]*np.sqrt(parts.ivar[below]) < -5).sum()/parts.flux.size)
         if share > 1e-3: notes.append(f"flux below -5 sigma in {share:.1%} of the pixels")
     if fibre_of(path) == "B":
         kinds = str(first_card(headers, ["ESO DPR TYPE"]) or "").split(",")
         notes.append(f"fibre B: {kinds[1] if len(kinds) > 1 else 'not the object'}")
     return "; ".join(notes)
 
-# %% ../nbs/11_eso.ipynb #390dacd8
-def _finish(path, headers, ds):
-    flag = doubt(path, headers, ds)
-    return ds.assign_coords(flag=("spectrum", [flag])) if flag else ds
+# %% ../nbs/11_eso.ipynb #976cadbb
+def _finish(path, headers, parts):
+    flag = doubt(path, headers, parts)
+    return replace(parts, coords=parts.coords | dict(flag=flag)) if flag else parts
 
-# %% ../nbs/11_eso.ipynb #426e7b8a
+# %% ../nbs/11_eso.ipynb #d78ea70d
 def _headers(hdus): return [h.header for h in hdus]
 
 def is_phase3(
@@ -115,19 +118,23 @@ def is_phase3(
     hdus:fits.HDUList|None, # its HDUs, None when it is not FITS
 ) -> bool: # whether it is a Phase 3 1-d spectrum
     "True for a table of category SCIENCE.SPECTRUM or class SPECTRUM."
-    if hdus is None or not any(isinstance(h, fits.BinTableHDU) for h in hdus): return False
+    if hdus is None or not any(map(is_table, hdus)): return False
     category, kind = (str(first_card(_headers(hdus), [k]) or "").upper() for k in ("PRODCATG", "VOCLASS"))
     return category.startswith("SCIENCE.SPECTRUM") or kind.startswith("SPECTRUM")
 
-def read_phase3(
+def phase3_parts(
     path:str|Path, # file
     hdus:fits.HDUList, # its HDUs
-) -> xr.Dataset: # one spectrum
+) -> SpectrumParts: # one spectrum
     "Read an ESO Phase 3 1-d spectrum. Raises SpectrumError and its kinds."
     headers = _headers(hdus)
-    return _finish(path, headers, read_table_spectrum(path, hdus, eso_coordinates(path, headers)))
+    return _finish(path, headers, table_parts(path, hdus, eso_coordinates(path, headers)))
 
-# %% ../nbs/11_eso.ipynb #eedf1b90
+def read_phase3(path, hdus) -> xr.Dataset: # one spectrum
+    "The same as a Dataset."
+    return phase3_parts(path, hdus).to_dataset()
+
+# %% ../nbs/11_eso.ipynb #e7620a31
 def _one_long_axis(hdu):
     return hdu.is_image and sum(n > 1 for n in hdu.shape) == 1
 
@@ -140,25 +147,29 @@ def is_s1d(
     header = hdus[0].header
     return "ESO DRS VERSION" in header and first_card([header], ["CTYPE1"]) == "Angstrom" and "WCSDIM" not in header
 
-def read_s1d(
+def s1d_parts(
     path:str|Path, # file
     hdus:fits.HDUList, # its HDUs
-) -> xr.Dataset: # one spectrum, ivar estimated
+) -> SpectrumParts: # one spectrum, ivar estimated
     "Read a HARPS DRS s1d image. Raises SpectrumError and its kinds."
     headers = [hdus[0].header]
     medium, frame = medium_of(headers), frame_of(headers)
     if medium[1].startswith("guess"): medium = ("air", "definition of the DRS s1d")
     if frame[1].startswith("guess"): frame = ("barycentric", "definition of the DRS s1d")
-    return _finish(path, headers, read_image_spectrum(path, hdus, eso_coordinates(path, headers), medium=medium, frame=frame))
+    return _finish(path, headers, image_parts(path, hdus, eso_coordinates(path, headers), medium=medium, frame=frame))
 
-# %% ../nbs/11_eso.ipynb #c5127dd4
+def read_s1d(path, hdus) -> xr.Dataset: # one spectrum, ivar estimated
+    "The same as a Dataset."
+    return s1d_parts(path, hdus).to_dataset()
+
+# %% ../nbs/11_eso.ipynb #f21c793b
 def drs_kind(
     path:str|Path, # file
     hdus:fits.HDUList|None, # its HDUs
 ) -> str: # what kind of DRS product that is no spectrum, "" for any other file
     "Cross-correlation function, bisector or echelle orders."
     if hdus is None or not hdus[0].is_image or "ESO DRS VERSION" not in hdus[0].header: return ""
-    header, name = hdus[0].header, Path(path).name
+    header, name = hdus[0].header, os.path.basename(path)
     if "ESO DRS BIS RV" in header or "_bis_" in name: return "a bisector of the cross-correlation function (BIS)"
     if first_card([header], ["CTYPE1"]) == "km/s" or "_ccf_" in name: return "a cross-correlation function (CCF)"
     return "echelle orders (E2DS)" if sum(n > 1 for n in hdus[0].shape) == 2 else ""
@@ -170,24 +181,24 @@ def refuse_drs(
     "Raise NotASpectrum with the kind of product."
     raise NotASpectrum(path, f"not a spectrum: {drs_kind(path, hdus)}", "take the s1d product of the same exposure")
 
-# %% ../nbs/11_eso.ipynb #d2f644bc
+# %% ../nbs/11_eso.ipynb #604ae011
 def is_eso_image(
     path:str|Path, # file
     hdus:fits.HDUList|None, # its HDUs
 ) -> bool: # whether it is a 1-d image with ESO cards
     "True for a 1-d image whose header has HIERARCH ESO cards."
-    return hdus is not None and _one_long_axis(hdus[0]) and any(k.startswith("ESO ") for k in hdus[0].header)
+    return hdus is not None and _one_long_axis(hdus[0]) and bool(keys_starting(hdus[0].header, "ESO "))
 
-def read_eso_image(
+def eso_image_parts(
     path:str|Path, # file
     hdus:fits.HDUList, # its HDUs
-) -> xr.Dataset: # one spectrum, ivar estimated
+) -> SpectrumParts: # one spectrum, ivar estimated
     "Read a 1-d image of an ESO pipeline. Raises SpectrumError and its kinds."
     headers = [hdus[0].header]
-    return _finish(path, headers, read_image_spectrum(path, hdus, eso_coordinates(path, headers)))
+    return _finish(path, headers, image_parts(path, hdus, eso_coordinates(path, headers)))
 
-READERS = (Reader("eso-drs-refused", lambda path, hdus: bool(drs_kind(path, hdus)), refuse_drs, 50), Reader("eso-phase3", is_phase3, read_phase3, 40),
-           Reader("harps-s1d", is_s1d, read_s1d, 40), Reader("eso-image", is_eso_image, read_eso_image, 30))
+READERS = (Reader("eso-drs-refused", lambda path, hdus: bool(drs_kind(path, hdus)), refuse_drs, 50), Reader("eso-phase3", is_phase3, phase3_parts, 40),
+           Reader("harps-s1d", is_s1d, s1d_parts, 40), Reader("eso-image", is_eso_image, eso_image_parts, 30))
 
 # %% ../nbs/11_eso.ipynb #ab5a5552
 _WRITTEN = dict(object="OBJECT", instrument="INSTRUME", program="PROG_ID", mjd_obs="MJD-OBS", exptime="EXPTIME", ra="RA", dec="DEC",

@@ -5,25 +5,30 @@
 # %% auto #0
 __all__ = ['CARDS', 'COORD_ATTRS', 'WAVE_NAMES', 'FLUX_NAMES', 'ERROR_NAMES', 'QUALITY_NAMES', 'IVAR_NAMES', 'READERS',
            'BUILT_IN', 'SpectrumError', 'NotFits', 'TruncatedFile', 'NotASpectrum', 'UnknownLayout', 'MissingField',
-           'BadWavelength', 'NoUsablePixels', 'IdentifierError', 'ReaderError', 'load_bytes', 'parse_fits',
-           'to_angstrom', 'header_wavelength', 'first_card', 'medium_of', 'frame_of', 'pixel_ivar', 'to_number',
-           'header_coordinates', 'safe_scale', 'assemble', 'spectrum_stem', 'table_columns', 'spectrum_table',
-           'read_table_spectrum', 'spectrum_image', 'image_unit', 'read_image_spectrum', 'read_named_rows', 'Reader',
-           'readers', 'register_reader', 'registered_readers', 'unregister_reader', 'identify', 'read_spectrum']
+           'BadWavelength', 'NoUsablePixels', 'IdentifierError', 'ReaderError', 'load_bytes', 'parse_fits', 'Unusual',
+           'card_value', 'QuickHeader', 'keys_starting', 'QuickHDU', 'QuickHDUs', 'scan_fits', 'to_angstrom',
+           'header_wavelength', 'first_card', 'medium_of', 'frame_of', 'pixel_ivar', 'to_number', 'header_coordinates',
+           'safe_scale', 'SpectrumParts', 'assemble_parts', 'assemble', 'spectrum_stem', 'table_columns', 'is_table',
+           'spectrum_table', 'table_parts', 'read_table_spectrum', 'spectrum_image', 'image_unit', 'image_parts',
+           'read_image_spectrum', 'named_rows_parts', 'Reader', 'readers', 'register_reader', 'registered_readers',
+           'unregister_reader', 'identify', 'parts_of', 'coordinate_attrs', 'read_parts', 'read_spectrum']
 
-# %% ../nbs/10_fits.ipynb #4c8fe6f7
-import gzip, importlib, io, re, warnings, zlib
+# %% ../nbs/10_fits.ipynb #6feb08eb
+import gzip, importlib, io, os, re, warnings, zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import xarray as xr
 from astropy.io import fits
 from astropy.time import Time
 from astropy.utils.exceptions import AstropyWarning
+from numba import njit
 
-from .spectra import FRAMES, MEDIA, estimate_ivar, make_spectra, validate
+from .spectra import COORDINATE_UNITS, FRAMES, MEDIA, estimate_ivar, make_spectra, validate
 
 # %% ../nbs/10_fits.ipynb #630f6380
 class SpectrumError(ValueError):
@@ -81,7 +86,123 @@ def parse_fits(
     if missing > 0: raise TruncatedFile(path, f"the data end {missing:,} bytes too early", "fetch it again")
     return hdus
 
-# %% ../nbs/10_fits.ipynb #1af530b8
+# %% ../nbs/10_fits.ipynb #7e3484ba
+class Unusual(Exception): "Something in a FITS file that astropy should judge; never leaves this module's readers."
+
+_HEADS, _KEYS = re.compile(r"(?:[A-Z0-9_-]* *\n)*[A-Z0-9_-]* *"), re.compile(r"[A-Z0-9_ \n-]*")
+_TEXT_CARD = re.compile(r" *'((?:[^']|'')*)' *(?:/.*)?$")
+_WORD_CARD = re.compile(r" *(?:([TF])|([+-]?\d{1,18})|([+-]?\d+\.\d*(?:[ED][+-]?\d+)?|[+-]?\.\d+(?:[ED][+-]?\d+)?|[+-]?\d+[ED][+-]?\d+)) *(?:/.*)?$")
+
+def card_value(
+    text:str, # of the card, after its "=" sign
+) -> object: # str, bool, int or float
+    "Value of a plain header card. Raises Unusual."
+    if found := _TEXT_CARD.match(text): return found[1].replace("''", "'").rstrip(" ")
+    found = _WORD_CARD.match(text)
+    if not found: raise Unusual(text)
+    return found[1] == "T" if found[1] else int(found[2]) if found[2] else float(found[3].replace("D", "E"))
+
+# %% ../nbs/10_fits.ipynb #81ae3556
+class QuickHeader:
+    "Cards of one header unit, parsed when asked for; the part of `fits.Header` that readers use."
+    def __init__(self,
+        text:str, # the unit without its END card, 80 characters a card
+    ):
+        cards = [text[i:i + 80] for i in range(0, len(text), 80)]
+        self.keys = [(c[9:c.find("=")] if c[:9] == "HIERARCH " else c[:8]).rstrip() for c in cards]
+        self.cards, self.joined = dict(zip(self.keys[::-1], cards[::-1])), "\n".join(self.keys) # of repeated keys the first counts
+        heads = "\n".join([c[:8] for c in cards])
+        plain = text.isascii() and text.isprintable() and _HEADS.fullmatch(heads) and _KEYS.fullmatch(self.joined) and "  " not in self.joined
+        if not plain or "HIERARCH" in self.cards or "CONTINUE" in self.cards or any("=" not in c for c in cards if c[:9] == "HIERARCH "): raise Unusual("header")
+
+    def __contains__(self, key) -> bool: return key in self.cards
+    def __iter__(self): return iter(self.keys)
+    def __getitem__(self, key):
+        card = self.cards[key]
+        at = card.find("=") if card[:9] == "HIERARCH " else 8
+        if card[at:at + 2] != "= ": raise Unusual(card)
+        return card_value(card[at + 1:])
+    def get(self, key, default=None): return self[key] if key in self.cards else default
+
+# %% ../nbs/10_fits.ipynb #f5dfd215
+def keys_starting(
+    header, # QuickHeader or fits.Header
+    start:str, # of a keyword
+) -> list: # keywords, in the order of the header
+    "Keywords of a header that start with a text."
+    if isinstance(header, QuickHeader) and start not in header.joined: return []
+    return [k for k in header if k.startswith(start)]
+
+# %% ../nbs/10_fits.ipynb #5dadf468
+def _whole(header, key):
+    "A whole number from a structural card."
+    value = header.get(key)
+    if type(value) is not int or value < 0 and key != "BITPIX": raise Unusual(f"{key} = {value}")
+    return value
+
+class QuickHDU:
+    "Header and data of one HDU, with those attributes of astropy's that the readers use."
+    def __init__(self, content, header, start):
+        self.header, self.content, self.start, kind = header, content, start, header.get("XTENSION", "IMAGE")
+        self.is_image, self.is_table = kind == "IMAGE", kind == "BINTABLE"
+        self.shape = tuple(_whole(header, f"NAXIS{k}") for k in range(_whole(header, "NAXIS"), 0, -1))
+        odd = any(k in header for k in ("GROUPS", "BSCALE", "BZERO", "BLANK", "ZIMAGE", "ZTABLE", "THEAP"))
+        if odd or not (self.is_image or self.is_table) or header.get("PCOUNT", 0) != 0 or header.get("GCOUNT", 1) != 1: raise Unusual("kind of HDU")
+        self.size = abs(_whole(header, "BITPIX"))//8*int(np.prod(self.shape)) if self.shape else 0
+        self.dtype = _row_dtype(header, self.shape) if self.is_table else np.dtype(">f8" if header["BITPIX"] == -64 else ">f4")
+        if self.is_image and self.size and header["BITPIX"] not in (-32, -64): raise Unusual("image of integers")
+        if start + self.size > len(content): raise Unusual("ends too early")
+        if self.is_table: self.columns = _QuickColumns(list(self.dtype.names), header)
+
+    @cached_property
+    def data(self) -> np.ndarray: # as stored, big-endian, not writable
+        shape = self.shape[:1] if self.is_table else self.shape
+        return np.frombuffer(self.content, self.dtype, self.size//self.dtype.itemsize, self.start).reshape(shape)
+
+# %% ../nbs/10_fits.ipynb #b1b2f586
+_FORMS = {"D": ">f8", "E": ">f4", "J": ">i4", "I": ">i2", "K": ">i8", "B": "u1"}
+
+def _row_dtype(header, shape):
+    "Type of one row of a binary table of plain numbers."
+    fields = range(1, _whole(header, "TFIELDS") + 1)
+    if len(shape) != 2 or not fields or any(f"{k}{i}" in header for i in fields for k in ("TSCAL", "TZERO", "TNULL", "TDIM")): raise Unusual("table")
+    names = [header.get(f"TTYPE{i}") for i in fields]
+    forms = [re.fullmatch(r"(\d*)([DEJIKB])", str(header.get(f"TFORM{i}"))) for i in fields]
+    if not all(forms) or not all(isinstance(n, str) and n for n in names) or len({n.lower() for n in names}) < len(names): raise Unusual("columns")
+    counts = [int(f[1] or 1) for f in forms]
+    dtype = np.dtype([(n, _FORMS[f[2]], (c,)) if c != 1 else (n, _FORMS[f[2]]) for n, f, c in zip(names, forms, counts)])
+    if dtype.itemsize != shape[1] or 0 in counts: raise Unusual("length of a row")
+    return dtype
+
+class _QuickColumns:
+    def __init__(self, names, header): self.names, self.header = names, header
+    def __getitem__(self, name): return SimpleNamespace(unit=self.header.get(f"TUNIT{self.names.index(name) + 1}") or None)
+
+# %% ../nbs/10_fits.ipynb #3f8fea1d
+class QuickHDUs(list):
+    "HDUs found by `scan_fits`; `full` is the file as astropy opens it."
+    def __init__(self, path, content): self.path, self.content = path, content
+    @cached_property
+    def full(self) -> fits.HDUList: return parse_fits(self.path, self.content)
+
+def scan_fits(
+    path:str|Path, # the file's name
+    content:bytes, # uncompressed content
+) -> QuickHDUs|None: # None when the content is not FITS
+    "HDUs of a plain FITS file without parsing what nobody asks for. Raises Unusual."
+    if not content.startswith(b"SIMPLE  ="): return None
+    found, at = QuickHDUs(path, content), 0
+    while at < len(content):
+        end = content.find(b"END" + b" "*77, at)
+        while end >= 0 and (end - at) % 80: end = content.find(b"END" + b" "*77, end + 1)
+        if end < 0 or not content.startswith(b"XTENSION=" if at else b"SIMPLE  =", at): raise Unusual("header")
+        header = QuickHeader(content[at:end].decode("latin-1"))
+        if not at and (header["SIMPLE"], header.get("EXTEND", True)) != (True, True): raise Unusual("SIMPLE or EXTEND")
+        found.append(QuickHDU(content, header, at + -(-(end + 80 - at)//2880)*2880))
+        at = found[-1].start + -(-found[-1].size//2880)*2880
+    return found
+
+# %% ../nbs/10_fits.ipynb #9eee928f
 _UNITS = {"a": 1., "aa": 1., "ang": 1., "angstrom": 1., "angstroms": 1., "angstroem": 1., "0.1nm": 1., "nm": 10., "nanometer": 10., "nanometers": 10.,
           "nanometre": 10., "um": 1e4, "µm": 1e4, "micron": 1e4, "microns": 1e4, "micrometer": 1e4, "m": 1e10, "10**(-9)m": 10.}
 
@@ -92,6 +213,7 @@ def to_angstrom(
 ) -> tuple: # ((wavelength,) float64 [Angstrom], the guess made or "")
     "Wavelengths in Angstrom. Raises BadWavelength for a unit that is not a length."
     wavelength = np.asarray(wavelength, dtype=np.float64)
+    if unit in ("angstrom", "Angstrom"): return wavelength, ""
     key = re.sub(r"^.*\[(.*)\].*$", r"\1", (unit or "").strip()).lower().replace(" ", "")
     if key in _UNITS: return wavelength*_UNITS[key], ""
     if key: raise BadWavelength(path, f"the wavelength unit {unit!r} is not known", "convert to Angstrom, or register a reader")
@@ -226,13 +348,13 @@ def header_coordinates(
     out["night"] = int(np.floor(out["mjd_obs"] - .5)) if np.isfinite(out["mjd_obs"]) else -1
     return out
 
-# %% ../nbs/10_fits.ipynb #29651308
+# %% ../nbs/10_fits.ipynb #92c8c26c
 def safe_scale(
     flux:np.ndarray, # (wavelength,) flux
 ) -> float: # power of ten by which to divide it, usually 1
     "Scale that brings a flux far from one (below 1e-12 or above 1e12) back to it."
     flux = np.asarray(flux)
-    some = flux[::max(1, flux.size//4096)] # enough for a power of ten
+    some = flux[::max(1, flux.size//1024)] # enough for a power of ten
     usable = np.abs(some[np.isfinite(some) & (some != 0)])
     middle = np.median(usable) if usable.size else 1.
     return 1. if 1e-12 < middle < 1e12 else 10.**np.floor(np.log10(middle))
@@ -256,8 +378,68 @@ def _ordered(path, wavelength, *planes):
         raise BadWavelength(path, f"the wavelength does not increase at {len(bad)} of {len(wavelength)} pixels, first at pixel {bad[0] + 1}", "sort or repair the wavelength column")
     return wavelength, *planes
 
-# %% ../nbs/10_fits.ipynb #4845cf84
-def assemble(
+# %% ../nbs/10_fits.ipynb #6878b2e3
+@njit(cache=True, nogil=True, error_model="numpy")
+def _is_increasing(wavelength):
+    "Whether all wavelengths are positive, finite and increasing."
+    sound = wavelength[0] > 0 and wavelength[-1] < np.inf
+    for k in range(1, wavelength.size): sound &= wavelength[k] > wavelength[k - 1]
+    return sound
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _flux_and_ivar(flux, error, bad, out):
+    "Fills out (2, wavelength) with usable flux and inverse variance; numbers of good fluxes and of usable pixels."
+    n_good, n_usable = 0, 0
+    for k in range(flux.size):
+        f, e = np.float64(flux[k]), np.float64(error[k])
+        good = (abs(f) < 1e37) & (f != 0)
+        if bad.size: good &= not bad[k]
+        weight = 1/(e*e) if (e > 1e-18) & (e < np.inf) else 0.
+        usable = good & (weight > 0) & (weight < 1e37)
+        n_good, n_usable = n_good + good, n_usable + usable
+        out[0, k], out[1, k] = (f, weight) if usable else (0., 0.)
+    return n_good, n_usable
+
+# %% ../nbs/10_fits.ipynb #c1ef423b
+def _usual_planes(wavelength, flux, error, ivar, quality):
+    "Flux and inverse variance (2, wavelength) float32, or None for what needs a closer look."
+    plain = [p for p in (flux, error, quality) if p is not None]
+    if ivar is not None or error is None or any(p.shape != wavelength.shape or p.dtype.kind not in "fiu" or not p.dtype.isnative for p in plain): return None
+    if wavelength.size < 2 or not _is_increasing(wavelength) or safe_scale(flux) != 1: return None
+    out = np.empty((2, wavelength.size), np.float32)
+    n_good, n_usable = _flux_and_ivar(flux, error, np.zeros(0, bool) if quality is None else quality != 0, out)
+    return out if n_usable >= max(1, .5*n_good) else None
+
+def _unusual_planes(path, wavelength, flux, error, ivar, quality):
+    "Wavelength, flux, inverse variance, origin of the latter, and scale of the flux."
+    planes = [None if p is None else np.asarray(p).astype(float) for p in (flux, error, ivar, quality)]
+    wavelength, flux, error, ivar, quality = _ordered(path, wavelength, *planes)
+    scale, flux, error, ivar = _in_float32(flux, error, ivar)
+    ivar, origin = pixel_ivar(flux, error, ivar, quality)
+    usable = np.isfinite(flux) & np.isfinite(ivar) & (ivar > 0)
+    if not usable.any(): raise NoUsablePixels(path, f"none of {len(flux)} pixels is usable (NaN, zero or flagged)", "leave the file out")
+    return wavelength, *(np.where(usable, p, 0).astype(np.float32) for p in (flux, ivar)), origin, scale
+
+# %% ../nbs/10_fits.ipynb #e228c57f
+@dataclass(frozen=True)
+class SpectrumParts:
+    "One spectrum as plain arrays, before it becomes a Dataset."
+    wavelength: np.ndarray # (wavelength,) increasing [Angstrom]
+    flux: np.ndarray # (wavelength,) float32, 0 where not usable
+    ivar: np.ndarray # (wavelength,) float32, 0 where not usable
+    coords: dict # {coordinate: value}, `spectrum_id` and `ivar_origin` among them
+    medium: str # "air" or "vacuum"
+    frame: str # "barycentric", "topocentric" or "rest"
+    attrs: dict = field(default_factory=dict) # where medium and frame come from
+
+    def to_dataset(self) -> xr.Dataset: # one spectrum, contract-valid
+        coords = {k: ([v], COORD_ATTRS.get(k, {})) for k, v in self.coords.items() if k != "spectrum_id"}
+        out = make_spectra(self.flux[None], self.ivar[None], self.wavelength, [self.coords["spectrum_id"]], medium=self.medium, frame=self.frame, coords=coords, attrs=self.attrs)
+        out.ivar.attrs["origin"] = self.coords["ivar_origin"]
+        return out
+
+# %% ../nbs/10_fits.ipynb #7d062148
+def assemble_parts(
     path:str|Path,             # the file
     wavelength:np.ndarray,     # (wavelength,) [Angstrom]
     flux:np.ndarray,           # (wavelength,) flux
@@ -265,28 +447,29 @@ def assemble(
     *, medium:tuple, frame:tuple, # value and origin, as medium_of and frame_of return them
     error=None, ivar=None, quality=None, # (wavelength,) as in pixel_ivar
     guesses:Sequence=(),       # further assumptions
-) -> xr.Dataset: # one spectrum, contract-valid, on the file's own grid
-    "One spectrum from its parts. Raises BadWavelength, NoUsablePixels."
-    planes = [None if p is None else np.asarray(p).astype(float) for p in (flux, error, ivar, quality)]
-    wavelength, flux, error, ivar, quality = _ordered(path, np.asarray(wavelength, float), *planes)
-    scale, flux, error, ivar = _in_float32(flux, error, ivar)
-    ivar, origin = pixel_ivar(flux, error, ivar, quality)
-    if not (ivar > 0).any(): raise NoUsablePixels(path, f"none of {len(flux)} pixels is usable (NaN, zero or flagged)", "leave the file out")
+) -> SpectrumParts: # one spectrum on the file's own grid
+    "One spectrum from its pieces. Raises BadWavelength, NoUsablePixels."
+    wavelength, flux, error, ivar, quality = [None if p is None else np.asarray(p) for p in (wavelength, flux, error, ivar, quality)]
+    wavelength, origin, scale = np.ascontiguousarray(wavelength, float), "pipeline", 1.
+    planes = _usual_planes(wavelength, flux, error, ivar, quality)
+    if planes is not None: flux, ivar = planes
+    else: wavelength, flux, ivar, origin, scale = _unusual_planes(path, wavelength, flux, error, ivar, quality)
     notes = [o for _, o in (medium, frame) if o.startswith("guess")] + [f"guess: {g}" for g in guesses if g]
-    facts = dict(source_file=Path(path).name, flag="", exposure="", flux_unit="", reader="") | coords
+    facts = dict(source_file=os.path.basename(path), flag="", exposure="", flux_unit="", reader="") | coords
     if scale != 1: facts["flux_unit"] = f"{scale:g} {facts['flux_unit']}".strip()
-    facts |= dict(ivar_origin=origin, guess="; ".join(notes), spectrum_id=facts.get("spectrum_id") or spectrum_stem(path))
-    out = make_spectra(np.where(np.isfinite(flux), flux, 0.)[None], ivar[None], wavelength, [facts["spectrum_id"]], medium=medium[0], frame=frame[0],
-                       coords={k: ([v], COORD_ATTRS.get(k, {})) for k, v in facts.items() if k != "spectrum_id"}, attrs=dict(medium_origin=medium[1], frame_origin=frame[1]))
-    out.ivar.attrs["origin"] = origin
-    return out
+    facts |= dict(ivar_origin=origin, guess="; ".join(notes), spectrum_id=facts.get("spectrum_id") or spectrum_stem(path) or os.path.basename(path))
+    return SpectrumParts(wavelength, flux, ivar, facts, medium[0], frame[0], dict(medium_origin=medium[1], frame_origin=frame[1]))
 
-# %% ../nbs/10_fits.ipynb #b7c5ae80
+def assemble(path, wavelength, flux, coords, **kwargs) -> xr.Dataset: # contract-valid
+    "One spectrum as a Dataset, from the arguments of `assemble_parts`. Raises BadWavelength, NoUsablePixels."
+    return assemble_parts(path, wavelength, flux, coords, **kwargs).to_dataset()
+
+# %% ../nbs/10_fits.ipynb #f1bbe2ee
 def spectrum_stem(
     path:str|Path, # file
 ) -> str: # its base name without .fits, .fit, .gz
     "Name of a spectrum from its file, where no header gives a better one."
-    return re.sub(r"(\.(fits?|fz|csv|txt|dat))?(\.gz)?$", "", Path(path).name, flags=re.I)
+    return re.sub(r"(\.(fits?|fz|csv|txt|dat))?(\.gz)?$", "", os.path.basename(path), flags=re.I)
 
 # %% ../nbs/10_fits.ipynb #71d3aefd
 WAVE_NAMES = ("WAVELENGTH_AIR", "WAVE_AIR", "WAVE", "WAVELENGTH", "LAMBDA", "LAM", "WL", "WAVE_VAC", "WAVELENGTH_VAC", "LOGLAM", "LOGLAMBDA", "LOG_LAMBDA")
@@ -306,13 +489,20 @@ def table_columns(
     return dict(wave=pick(WAVE_NAMES), flux=flux, error=pick([n + suffix for n in ERROR_NAMES]), ivar=pick(IVAR_NAMES),
                 quality=pick([n + suffix for n in QUALITY_NAMES]))
 
-# %% ../nbs/10_fits.ipynb #5fada0af
+# %% ../nbs/10_fits.ipynb #b6352704
+def is_table(
+    hdu, # HDU of astropy or of scan_fits
+) -> bool: # whether it holds a table
+    "True for a table HDU."
+    return getattr(hdu, "is_table", False) or isinstance(hdu, (fits.BinTableHDU, fits.TableHDU))
+
+# %% ../nbs/10_fits.ipynb #5b1e3c6d
 def spectrum_table(
     path:str|Path,      # file, for the message
     hdus:fits.HDUList,  # its HDUs
 ) -> tuple: # (the table HDU, {part: column name})
     "The first table with a wavelength and a flux column. Raises MissingField, UnknownLayout, NotASpectrum."
-    tables = [h for h in hdus if isinstance(h, (fits.BinTableHDU, fits.TableHDU))]
+    tables = [h for h in hdus if is_table(h)]
     for hdu in tables:
         parts = table_columns(hdu.columns.names)
         if parts["wave"] is None or parts["flux"] is None: continue
@@ -338,13 +528,13 @@ def _column_medium(headers, hdu, name):
     if ending in ("_AIR", "_VAC"): return {"_AIR": "air", "_VAC": "vacuum"}[ending], f"column name {name}"
     return medium_of(headers, str(hdu.header.get(f"TUCD{hdu.columns.names.index(name) + 1}", "")))
 
-# %% ../nbs/10_fits.ipynb #b6c96273
-def read_table_spectrum(
+# %% ../nbs/10_fits.ipynb #c53eca45
+def table_parts(
     path:str|Path,                 # file
     hdus:fits.HDUList,             # its HDUs
     coords:dict|None=None,         # coordinates; None: from the headers by CARDS
     *, medium:tuple|None=None, frame:tuple|None=None, # value and origin; None: from the header
-) -> xr.Dataset: # one spectrum
+) -> SpectrumParts: # one spectrum
     "Read the first table with a wavelength and a flux. Raises SpectrumError and its kinds."
     hdu, parts = spectrum_table(path, hdus)
     columns = {part: _column(hdu, name) for part, name in parts.items()}
@@ -355,8 +545,12 @@ def read_table_spectrum(
     logarithmic = str(parts["wave"]).upper().startswith("LOG")
     wave, guess = (10.**columns["wave"].astype(float), "") if logarithmic else to_angstrom(columns["wave"], unit, path)
     coords = header_coordinates(headers) if coords is None else coords
-    return assemble(path, wave, columns["flux"], coords | dict(flux_unit=hdu.columns[parts["flux"]].unit or ""), medium=medium or _column_medium(headers, hdu, parts["wave"]),
+    return assemble_parts(path, wave, columns["flux"], coords | dict(flux_unit=hdu.columns[parts["flux"]].unit or ""), medium=medium or _column_medium(headers, hdu, parts["wave"]),
                     frame=frame or frame_of(headers), error=columns["error"], ivar=columns["ivar"], quality=columns["quality"], guesses=[guess])
+
+def read_table_spectrum(path, hdus, *args, **kwargs) -> xr.Dataset: # one spectrum
+    "The same as a Dataset."
+    return table_parts(path, hdus, *args, **kwargs).to_dataset()
 
 # %% ../nbs/10_fits.ipynb #edb7bafe
 _NOT_WAVELENGTH = {"km/s": "velocities", "m/s": "velocities", "velo": "velocities", "vrad": "velocities", "vopt": "velocities", "freq": "frequencies", "pixel": "pixel numbers", "%": "relative depths"}
@@ -376,7 +570,7 @@ def spectrum_image(
         raise UnknownLayout(path, f"an image of {' x '.join(map(str, hdu.shape))} pixels, not one spectrum", "extract one spectrum, or register a reader")
     return hdu
 
-# %% ../nbs/10_fits.ipynb #34713739
+# %% ../nbs/10_fits.ipynb #aea35c02
 def image_unit(
     header:fits.Header, # header of the image
 ) -> str: # unit as spelled, "" when the header has none
@@ -387,29 +581,34 @@ def image_unit(
     axis = str(header.get("CTYPE1", "")).strip()
     return axis if re.search(r"\[.*\]$|^(angstrom|nm)s?$", axis, re.I) else ""
 
-def read_image_spectrum(
+# %% ../nbs/10_fits.ipynb #5e5e38eb
+def image_parts(
     path:str|Path,         # file
     hdus:fits.HDUList,     # its HDUs
     coords:dict|None=None, # coordinates; None: from the header by CARDS
     *, medium:tuple|None=None, frame:tuple|None=None, # value and origin; None: from the header
-) -> xr.Dataset: # one spectrum, ivar estimated
+) -> SpectrumParts: # one spectrum, ivar estimated
     "Read the first 1-d image. Raises SpectrumError and its kinds."
     hdu = spectrum_image(path, hdus)
     header, flux = hdu.header, hdu.data.astype(float).ravel()
     grid, guesses = header_wavelength(header, flux.size, path)
     wave, guess = to_angstrom(grid, image_unit(header), path)
     coords = header_coordinates([header]) if coords is None else coords
-    return assemble(path, wave, flux, coords | dict(flux_unit=str(header.get("BUNIT", "")).strip()),
-                    medium=medium or medium_of([header]), frame=frame or frame_of([header]), guesses=[*guesses, guess])
+    return assemble_parts(path, wave, flux, coords | dict(flux_unit=str(header.get("BUNIT", "")).strip()),
+                          medium=medium or medium_of([header]), frame=frame or frame_of([header]), guesses=[*guesses, guess])
 
-# %% ../nbs/10_fits.ipynb #903936fa
+def read_image_spectrum(path, hdus, *args, **kwargs) -> xr.Dataset: # one spectrum
+    "The same as a Dataset."
+    return image_parts(path, hdus, *args, **kwargs).to_dataset()
+
+# %% ../nbs/10_fits.ipynb #cc6d526b
 def _has_named_rows(path, hdus):
     return hdus is not None and hdus[0].is_image and len(hdus[0].shape) == 2 and str(first_card([hdus[0].header], ["EXTEN0"])).lower().startswith("flux inverse")
 
-def read_named_rows(
+def named_rows_parts(
     path:str|Path,     # file
     hdus:fits.HDUList, # its HDUs
-) -> xr.Dataset: # one spectrum
+) -> SpectrumParts: # one spectrum
     "Read an image whose rows are named in EXTEN0 (LAMOST DR1). Raises SpectrumError and its kinds."
     header, data = hdus[0].header, hdus[0].data.astype(float)
     names = header["EXTEN0"].lower().split()
@@ -418,24 +617,23 @@ def read_named_rows(
     grid, guesses = header_wavelength(header, data.shape[1], path)
     wave, guess = to_angstrom(grid, image_unit(header), path)
     coords = header_coordinates([header]) | dict(object=str(header.get("DESIG", "")).removeprefix("LAMOST ").strip())
-    return assemble(path, wave, rows["flux"], coords, medium=medium_of([header]), frame=frame_of([header]), ivar=rows["inverse"],
-                    quality=rows.get("andmask"), guesses=[*guesses, guess])
+    return assemble_parts(path, wave, rows["flux"], coords, medium=medium_of([header]), frame=frame_of([header]), ivar=rows["inverse"],
+                          quality=rows.get("andmask"), guesses=[*guesses, guess])
 
-# %% ../nbs/10_fits.ipynb #4f79fc93
+# %% ../nbs/10_fits.ipynb #9bc68e69
 @dataclass(frozen=True)
 class Reader:
     "How one kind of file is recognised and read."
     name: str # unique
     identify: Callable # (path, hdus) -> bool; hdus is None for what is not FITS
-    read: Callable # (path, hdus) -> Dataset of one spectrum
+    read: Callable # (path, hdus) -> Dataset or SpectrumParts of one spectrum
     priority: int = 0 # higher is asked first
 
-def _has_table(path, hdus):
-    return hdus is not None and any(isinstance(h, (fits.BinTableHDU, fits.TableHDU)) for h in hdus)
+def _has_table(path, hdus): return hdus is not None and any(map(is_table, hdus))
 
 def _is_fits(path, hdus): return hdus is not None
 
-READERS = (Reader("named-rows", _has_named_rows, read_named_rows, 20), Reader("table", _has_table, read_table_spectrum, 1), Reader("image", _is_fits, read_image_spectrum, 0))
+READERS = (Reader("named-rows", _has_named_rows, named_rows_parts, 20), Reader("table", _has_table, table_parts, 1), Reader("image", _is_fits, image_parts, 0))
 
 # %% ../nbs/10_fits.ipynb #3c6c3fa0
 BUILT_IN = ("specnb.eso:READERS",)
@@ -447,11 +645,11 @@ def readers() -> list: # of Reader, in the order in which they are asked
     known = {r.name: r for r in READERS} | {r.name: r for module, name in places for r in getattr(importlib.import_module(module), name)}
     return sorted((known | _registered).values(), key=lambda r: (-r.priority, r.name))
 
-# %% ../nbs/10_fits.ipynb #3c40c732
+# %% ../nbs/10_fits.ipynb #c004175a
 def register_reader(
     name:str,              # unique name, kept in the spectrum's coordinate `reader`
     identify:Callable,     # (path, hdus) -> bool; hdus is None for what is not FITS
-    read:Callable,         # (path, hdus) -> Dataset of one spectrum, best made by `assemble`
+    read:Callable,         # (path, hdus) -> Dataset or SpectrumParts of one spectrum, best made by `assemble`
     priority:int=10,       # the built-in generic readers have 0, the instrument's 20 to 50
     *, replace:bool=False, # allow a name that exists
 ) -> Reader: # what was registered
@@ -472,11 +670,16 @@ def unregister_reader(
     if name not in _registered: raise KeyError(f"no registered reader {name!r}; there are {sorted(_registered)}")
     del _registered[name]
 
-# %% ../nbs/10_fits.ipynb #4ca764e4
+# %% ../nbs/10_fits.ipynb #3f149981
+def _hdus_for(reader, hdus):
+    "HDUs as a reader may expect them: a user's own gets astropy's."
+    return hdus.full if isinstance(hdus, QuickHDUs) and _registered.get(reader.name) is reader else hdus
+
 def _match(path, hdus):
     "The reader that claims the file."
     for reader in readers():
-        try: claimed = reader.identify(path, hdus)
+        try: claimed = reader.identify(path, _hdus_for(reader, hdus))
+        except (Unusual, SpectrumError): raise
         except Exception as exc:
             raise IdentifierError(path, f"identify of the reader {reader.name!r} failed with {type(exc).__name__}: {exc}", "repair or unregister that reader") from exc
         if claimed: return reader
@@ -489,18 +692,63 @@ def identify(
     content:bytes|None=None, # its raw bytes, when the caller has them
 ) -> str: # name of the reader
     "Name of the reader that claims a file. Raises SpectrumError and its kinds."
-    return _match(path, parse_fits(path, load_bytes(path, content))).name
+    content = load_bytes(path, content)
+    try: return _match(path, scan_fits(path, content)).name
+    except Unusual: return _match(path, parse_fits(path, content)).name
 
-# %% ../nbs/10_fits.ipynb #8b19d11c
-def _state(ds, key, value, allowed):
+# %% ../nbs/10_fits.ipynb #1034f692
+def _stated(parts, key, value, allowed):
     "Replace what the reader found or guessed by what the user states."
-    if value is None: return ds
+    if value is None: return parts
     if value not in allowed: raise ValueError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
-    notes = [n for n in (ds.guess.item().split("; ") if "guess" in ds.coords else []) if not n.startswith(f"guess: {key}")]
-    ds = ds.assign_coords(guess=("spectrum", ["; ".join(notes)]))
-    ds.wavelength.attrs[key] = value
-    return ds.assign_attrs({f"{key}_origin": "stated by the user"})
+    notes = [n for n in parts.coords.get("guess", "").split("; ") if not n.startswith(f"guess: {key}")]
+    return replace(parts, coords=parts.coords | dict(guess="; ".join(notes)), attrs=parts.attrs | {f"{key}_origin": "stated by the user"}, **{key: value})
 
+def _read_with(path, hdus):
+    "Dataset or parts from the reader that claims the file."
+    reader = _match(path, hdus)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AstropyWarning)
+        try: found = reader.read(path, _hdus_for(reader, hdus))
+        except (Unusual, SpectrumError): raise
+        except Exception as exc: raise ReaderError(path, f"the reader {reader.name!r} failed with {type(exc).__name__}: {exc}", "if other programs read the file, report it") from exc
+    if isinstance(found, SpectrumParts): return replace(found, coords=found.coords | dict(reader=reader.name))
+    try: return validate(found).assign_coords(reader=("spectrum", [reader.name]))
+    except ValueError as exc: raise ReaderError(path, f"the reader {reader.name!r} failed with {type(exc).__name__}: {exc}", "mend what the reader returns") from exc
+
+# %% ../nbs/10_fits.ipynb #9272ee35
+def _read_any(path, content):
+    "Dataset or parts of one file; by the quick look, or by astropy where that declines."
+    content = load_bytes(path, content)
+    try: return _read_with(path, scan_fits(path, content))
+    except Unusual: return _read_with(path, parse_fits(path, content))
+
+def parts_of(
+    ds:xr.Dataset, # one spectrum
+) -> SpectrumParts: # the same
+    "A Dataset of one spectrum taken apart; the attributes of its coordinates are left behind."
+    coords = {n: c.values[0].item() if hasattr(c.values[0], "item") else c.values[0] for n, c in ds.coords.items() if c.dims == ("spectrum",)}
+    wave, coords["ivar_origin"] = ds.wavelength, ds.ivar.attrs.get("origin", "pipeline")
+    return SpectrumParts(wave.values, ds.flux.values[0], ds.ivar.values[0], coords, wave.attrs["medium"], wave.attrs["frame"], dict(ds.attrs))
+
+def coordinate_attrs(
+    name:str, # of a coordinate along `spectrum`
+) -> dict: # its attributes in a Dataset made from parts
+    "Unit and long name of a standard coordinate."
+    return ({"units": COORDINATE_UNITS[name]} if name in COORDINATE_UNITS else {}) | COORD_ATTRS.get(name, {})
+
+# %% ../nbs/10_fits.ipynb #20fc2f11
+def read_parts(
+    path:str|Path, # as in read_spectrum
+    *, medium:str|None=None, frame:str|None=None, content:bytes|None=None, # as in read_spectrum
+) -> tuple: # (SpectrumParts, {coordinate: attributes})
+    "Read one spectrum as plain arrays. Raises SpectrumError and its kinds, OSError."
+    found = _read_any(path, content)
+    if isinstance(found, SpectrumParts): parts, attrs = found, {n: a for n in found.coords if (a := coordinate_attrs(n))}
+    else: parts, attrs = parts_of(found), {n: dict(c.attrs) for n, c in found.coords.items() if c.dims == ("spectrum",) and c.attrs}
+    return _stated(_stated(parts, "medium", medium, MEDIA), "frame", frame, FRAMES), attrs
+
+# %% ../nbs/10_fits.ipynb #fb3994db
 def read_spectrum(
     path:str|Path, # .fits, .fits.gz, or what a registered reader claims
     *, medium:str|None=None, # "air" or "vacuum" where the file is silent or wrong
@@ -508,12 +756,9 @@ def read_spectrum(
     content:bytes|None=None, # raw bytes of the file, when the caller has them
 ) -> xr.Dataset: # one spectrum on the file's own grid
     "Read one spectrum into the Dataset contract. Raises SpectrumError and its kinds, OSError."
-    hdus = parse_fits(path, load_bytes(path, content))
-    reader = _match(path, hdus)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AstropyWarning)
-        try: ds = validate(reader.read(path, hdus))
-        except SpectrumError: raise
-        except Exception as exc: raise ReaderError(path, f"the reader {reader.name!r} failed with {type(exc).__name__}: {exc}", "if other programs read the file, report it") from exc
-    ds = ds.assign_coords(reader=("spectrum", [reader.name]))
-    return _state(_state(ds, "medium", medium, MEDIA), "frame", frame, FRAMES)
+    found = _read_any(path, content)
+    made = isinstance(found, SpectrumParts)
+    said = _stated(_stated(found if made else parts_of(found), "medium", medium, MEDIA), "frame", frame, FRAMES)
+    if made: return said.to_dataset()
+    found.wavelength.attrs.update(medium=said.medium, frame=said.frame)
+    return found.assign_attrs(said.attrs).assign_coords({"guess": ("spectrum", [said.coords["guess"]])} if "guess" in said.coords else {})

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'find_files', 'shuffled', 'StoreError', 'Grid', 'choose_grid', 'match_medium', 'fill_jumps', 'onto_grid',
-           'read_row', 'try_row', 'Manifest', 'new_manifest', 'write_chunk', 'read_chunk', 'publish', 'duplicate_of',
-           'rows_in_order', 'check_store', 'open_manifest', 'probe_grid', 'create_manifest', 'IngestReport',
-           'refusal_table', 'usual_workers', 'ingest']
+           'checksum', 'pack', 'read_row', 'try_row', 'Manifest', 'new_manifest', 'write_chunk', 'read_chunk',
+           'publish', 'duplicate_of', 'rows_in_order', 'check_store', 'verify_store', 'open_manifest', 'probe_grid',
+           'create_manifest', 'IngestReport', 'refusal_table', 'usual_workers', 'ingest']
 
-# %% ../nbs/12_ingest.ipynb #40ea8880
+# %% ../nbs/12_ingest.ipynb #79e8781c
 import base64, contextlib, hashlib, json, multiprocessing, os, pickle, shutil, signal, threading, warnings, zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,9 +24,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from fastcore.basics import patch
+from numba import njit
 from tqdm.auto import tqdm
+from zarr.storage import MemoryStore
 
-from .fits import SpectrumError, read_spectrum, register_reader, registered_readers
+from .fits import SpectrumError, SpectrumParts, parts_of, read_parts, register_reader, registered_readers
 from .spectra import open_store
 from .wave import air_to_vacuum, doppler_factor, linear_grid, log_grid, resample, vacuum_to_air
 
@@ -77,20 +79,25 @@ class Grid:
         if (self.medium, self.frame, self.wavelength.size) != (other.medium, other.frame, other.wavelength.size): return False
         return bool(np.abs(self.wavelength - other.wavelength).max() < 1e-3*np.diff(self.wavelength).min())
 
-# %% ../nbs/12_ingest.ipynb #0cb08207
-def _extent(ds):
+# %% ../nbs/12_ingest.ipynb #69bded85
+def _parts(spectrum): return spectrum if isinstance(spectrum, SpectrumParts) else parts_of(spectrum)
+
+def _extent(spectrum):
     "Medium, frame, first and last usable wavelength, median step in wavelength and in its logarithm, and whether the second is the steadier."
-    wave = ds.wavelength.values[np.flatnonzero(ds.ivar.values[0] > 0)[[0, -1]].tolist()]
-    steps, logs = np.diff(ds.wavelength.values), np.diff(np.log(ds.wavelength.values))
+    parts = _parts(spectrum)
+    ends = parts.wavelength[np.flatnonzero(parts.ivar > 0)[[0, -1]]].tolist()
+    some = np.arange(0, parts.wavelength.size - 1, max(1, parts.wavelength.size//4096)) # enough for a median
+    steps, logs = (w[some + 1] - w[some] for w in (parts.wavelength, np.log(parts.wavelength)))
     spread = lambda s: np.subtract(*np.percentile(s, [90, 10]))/np.median(s)
-    return (*(ds.wavelength.attrs[k] for k in ("medium", "frame")), *wave, np.median(steps), np.median(logs), spread(logs) < .5*spread(steps))
+    return (parts.medium, parts.frame, *ends, np.median(steps), np.median(logs), spread(logs) < .5*spread(steps))
 
 def _suits(a, b):
     "Whether two extents have medium and frame in common, and at least half the range of the first."
     return a[:2] == b[:2] and min(a[3], b[3]) - max(a[2], b[2]) >= .5*(a[3] - a[2])
 
+# %% ../nbs/12_ingest.ipynb #2a34a62b
 def choose_grid(
-    spectra:list, # Datasets of one spectrum each
+    spectra:list, # SpectrumParts, or Datasets of one spectrum each
 ) -> Grid: # the grid that suits the most of them
     "Common grid of some spectra, in the medium and the frame of the most."
     extents = [_extent(ds) for ds in spectra]
@@ -104,24 +111,25 @@ def choose_grid(
         wave = linear_grid(round(np.ceil(lo/step - 1e-6)*step, 9), hi, step)
     return Grid(wave, medium, frame, f"common range of {len(shared)} of the first {len(spectra)} good files")
 
-# %% ../nbs/12_ingest.ipynb #67809e2b
+# %% ../nbs/12_ingest.ipynb #d834875b
 def match_medium(
-    ds:xr.Dataset, # one spectrum
+    spectrum, # SpectrumParts, or a Dataset of one spectrum
     grid:Grid, # the store's grid
     path:str|Path="", # file, for the message
 ) -> np.ndarray: # (wavelength,) its wavelengths in the grid's medium and frame [Angstrom]
     "Wavelengths of a spectrum as the grid counts them. Raises SpectrumError when the frames cannot be brought together."
-    wave, here = ds.wavelength.values, ds.wavelength.attrs
-    if here["frame"] != grid.frame:
-        berv = float(ds.berv.item()) if "berv" in ds.coords else np.nan
-        if "rest" in (here["frame"], grid.frame) or not np.isfinite(berv):
-            why = "the star's velocity is not known here" if "rest" in (here["frame"], grid.frame) else "it has no berv"
-            raise SpectrumError(path, f"its frame is {here['frame']}, the store's {grid.frame}, and {why}", "state its frame by read_options, or use a store of its own")
+    here = _parts(spectrum)
+    wave = here.wavelength
+    if here.frame != grid.frame:
+        berv = float(here.coords.get("berv", np.nan))
+        if "rest" in (here.frame, grid.frame) or not np.isfinite(berv):
+            why = "the star's velocity is not known here" if "rest" in (here.frame, grid.frame) else "it has no berv"
+            raise SpectrumError(path, f"its frame is {here.frame}, the store's {grid.frame}, and {why}", "state its frame by read_options, or use a store of its own")
         wave = wave*(doppler_factor(berv) if grid.frame == "barycentric" else 1/doppler_factor(berv))
-    if here["medium"] == grid.medium: return wave
+    if here.medium == grid.medium: return wave
     return air_to_vacuum(wave) if grid.medium == "vacuum" else vacuum_to_air(wave)
 
-# %% ../nbs/12_ingest.ipynb #13829d7c
+# %% ../nbs/12_ingest.ipynb #08d67a68
 def fill_jumps(
     wavelength:np.ndarray, # (wavelength,) increasing [Angstrom]
     flux:np.ndarray, # (wavelength,) flux
@@ -129,6 +137,8 @@ def fill_jumps(
 ) -> tuple: # wavelength, flux, ivar with pixels of weight 0 inside each hole
     "Close the holes of a wavelength scale, so that no pixel reaches over them."
     steps = np.diff(wavelength)
+    relative = steps/wavelength[1:]
+    if relative.max() <= 3*relative.min(): return wavelength, flux, ivar
     usual = np.median(steps/wavelength[1:])*wavelength[1:]
     holes = np.flatnonzero(steps > 3*usual)
     if not len(holes): return wavelength, flux, ivar
@@ -137,7 +147,20 @@ def fill_jumps(
     at = np.repeat(holes + 1, 2)
     return np.insert(wavelength, at, inside), np.insert(flux, at, 0), np.insert(ivar, at, 0)
 
-# %% ../nbs/12_ingest.ipynb #5a937336
+# %% ../nbs/12_ingest.ipynb #85a450c2
+@njit(cache=True, nogil=True)
+def _coincide(a, b, tolerance):
+    "Whether no two numbers differ by the tolerance or more."
+    n_close = 0
+    for k in range(a.size): n_close += abs(a[k] - b[k]) < tolerance
+    return n_close == a.size
+
+def _placed(values, to, size):
+    "Values as float32 from a place on, zeros elsewhere; not copied where they fill it all."
+    values = values.astype(np.float32, copy=False)
+    return values if values.size == size else np.concatenate([np.zeros(to, np.float32), values, np.zeros(size - to - values.size, np.float32)])
+
+# %% ../nbs/12_ingest.ipynb #4c116ba9
 def onto_grid(
     wavelength:np.ndarray, # (wavelength,) the file's, in the grid's medium and frame [Angstrom]
     flux:np.ndarray, # (wavelength,) flux
@@ -145,37 +168,110 @@ def onto_grid(
     grid:np.ndarray, # (pixel,) the store's wavelengths [Angstrom]
 ) -> tuple: # flux and ivar, each (pixel,) float32; ivar 0 where the file has nothing
     "One spectrum on the store's pixels: copied where they coincide, resampled otherwise."
-    out = np.zeros((2, grid.size), np.float32)
-    margin = 4*max(np.diff(grid).max(), np.median(np.diff(wavelength)))
-    near = np.flatnonzero((wavelength > grid[0] - margin) & (wavelength < grid[-1] + margin))
-    if len(near) < 2: return out[0], out[1]
-    wavelength, flux, ivar = (a[near[0]:near[-1] + 1] for a in (wavelength, flux, ivar))
+    if wavelength[-1] < grid[0] or wavelength[0] > grid[-1]: near = slice(0, 0)
+    else: near = slice(max(0, np.searchsorted(wavelength, grid[0] - 4*(grid[1] - grid[0])) - 4), np.searchsorted(wavelength, grid[-1] + 4*(grid[-1] - grid[-2])) + 4)
+    wavelength, flux, ivar = wavelength[near], flux[near], ivar[near]
+    if wavelength.size < 2: return tuple(np.zeros((2, grid.size), np.float32))
     to, start = np.searchsorted(grid, wavelength[0] - .5*(grid[1] - grid[0])), np.searchsorted(wavelength, grid[0] - .5*(wavelength[1] - wavelength[0]))
     n = min(grid.size - to, wavelength.size - start)
-    if n > 1 and np.abs(grid[to:to + n] - wavelength[start:start + n]).max() < 1e-4*(grid[1] - grid[0]) and (to + n == grid.size or start + n == wavelength.size):
-        out[:, to:to + n] = flux[start:start + n], ivar[start:start + n]
-        return out[0], out[1]
-    out[:] = resample(*fill_jumps(wavelength, flux.astype(float), ivar.astype(float)), grid)
-    return out[0], out[1]
+    if n > 1 and (to + n == grid.size or start + n == wavelength.size) and _coincide(grid[to:to + n], wavelength[start:start + n], 1e-4*(grid[1] - grid[0])):
+        return tuple(_placed(values[start:start + n], to, grid.size) for values in (flux, ivar))
+    return tuple(values.astype(np.float32) for values in resample(*fill_jumps(wavelength, flux.astype(float), ivar.astype(float)), grid))
 
-# %% ../nbs/12_ingest.ipynb #16b03564
+# %% ../nbs/12_ingest.ipynb #6e940bce
+_P1, _P2, _P3, _P4, _P5 = (np.uint64(p) for p in (11400714785074694791, 14029467366897019727, 1609587929392839161, 9650029242287828579, 2870177450012600261))
+
+@njit(inline="always")
+def _turn(x, bits): return (x << np.uint64(bits)) | (x >> np.uint64(64 - bits))
+
+@njit(inline="always")
+def _round(lane, word): return _turn(lane + word*_P2, 31)*_P1
+
+@njit(cache=True, nogil=True)
+def _xxh64(words, tail):
+    "Words of 8 bytes and the up to 7 bytes behind them; seed 0."
+    n, at, total = words.size, 0, np.uint64(8*words.size + tail.size)
+    a, b, c, d = _P1 + _P2, _P2, np.uint64(0), np.uint64(0) - _P1
+    while at + 4 <= n:
+        a, b, c, d = _round(a, words[at]), _round(b, words[at + 1]), _round(c, words[at + 2]), _round(d, words[at + 3])
+        at += 4
+    h = _P5
+    if n >= 4:
+        h = _turn(a, 1) + _turn(b, 7) + _turn(c, 12) + _turn(d, 18)
+        for lane in (a, b, c, d): h = (h ^ _round(np.uint64(0), lane))*_P1 + _P4
+    h += total
+    for k in range(at, n): h = _turn(h ^ _round(np.uint64(0), words[k]), 27)*_P1 + _P4
+    return _xxh64_end(h, tail)
+
+# %% ../nbs/12_ingest.ipynb #9c3aeee6
+@njit(cache=True, nogil=True)
+def _xxh64_end(h, tail):
+    "Mix in the last bytes, then the bits among themselves."
+    k = 0
+    if tail.size >= 4:
+        word = np.uint64(tail[0]) | np.uint64(tail[1]) << np.uint64(8) | np.uint64(tail[2]) << np.uint64(16) | np.uint64(tail[3]) << np.uint64(24)
+        h, k = _turn(h ^ (word*_P1), 23)*_P2 + _P3, 4
+    for i in range(k, tail.size): h = _turn(h ^ (np.uint64(tail[i])*_P5), 11)*_P1
+    h = (h ^ (h >> np.uint64(33)))*_P2
+    h = (h ^ (h >> np.uint64(29)))*_P3
+    return h ^ (h >> np.uint64(32))
+
+def checksum(
+    content, # bytes, or a contiguous array
+) -> str: # 16 hexadecimal digits
+    "XXH64 of some bytes."
+    content = np.frombuffer(content, np.uint8)
+    content.flags.writeable = False # one type to compile for
+    whole = content.size//8*8
+    return f"{int(_xxh64(content[:whole].view('<u8'), content[whole:])):016x}"
+
+# %% ../nbs/12_ingest.ipynb #5677c192
+_IVAR_UNIT = 1024. # of a packed inverse variance, so that signal-to-noise ratios up to 8,000 a pixel have a place
+
+def pack(
+    flux:np.ndarray, # (wavelength,) float32
+    ivar:np.ndarray, # (wavelength,) float32
+) -> tuple: # flux and ivar in the unit of the scale, (wavelength,) float16; the scale
+    "One spectrum in half the bytes."
+    usable = ivar > 0
+    middle = float(np.median(np.abs(flux[usable]))) if usable.any() else 1.
+    scale = 2.**np.round(np.log2(middle)) if 0 < middle < np.inf else 1.
+    usable &= np.abs(flux) <= 65504*scale
+    weight = np.clip(ivar*scale**2/_IVAR_UNIT, 2.**-24, 65504)
+    return np.where(usable, flux/scale, 0).astype(np.float16), np.where(usable, weight, 0).astype(np.float16), float(scale)
+
+# %% ../nbs/12_ingest.ipynb #abb98eba
+_held = threading.local()
+
+def _content(path):
+    "Bytes of a file in a buffer that is used again, unless somebody still looks at it."
+    with open(path, "rb", buffering=0) as f:
+        size = os.fstat(f.fileno()).st_size
+        buffer = getattr(_held, "buffer", None)
+        try: buffer[size:] = bytes(max(0, size - len(buffer)))
+        except (TypeError, BufferError): buffer = _held.buffer = bytearray(size)
+        n = f.readinto(buffer)
+        return buffer if n == size and not f.read(1) else Path(path).read_bytes()
+
+# %% ../nbs/12_ingest.ipynb #043c3521
 def read_row(
     path:str|Path, # file
     grid:Grid, # the store's grid
     min_coverage:float=0., # least part of the grid that must be usable
+    packed:bool=False, # float16, with the coordinate flux_scale
     **options, # for `read_spectrum`: medium, frame
-) -> dict: # flux, ivar (wavelength,) float32; coords, attrs, sha256
+) -> dict: # flux, ivar (wavelength,); coords, attrs, sum
     "Read one file onto the store's grid. Raises SpectrumError and its kinds, OSError."
-    content = Path(path).read_bytes()
-    ds = read_spectrum(path, content=content, **options)
-    wave = match_medium(ds, grid, path)
-    flux, ivar = onto_grid(wave, ds.flux.values[0], ds.ivar.values[0], grid.wavelength)
-    coverage = float((ivar > 0).mean())
+    content = _content(path)
+    parts, attrs = read_parts(path, content=content, **options)
+    wave = match_medium(parts, grid, path)
+    flux, ivar = onto_grid(wave, parts.flux, parts.ivar, grid.wavelength)
+    coverage = float(np.count_nonzero(ivar > 0)/ivar.size)
     if coverage == 0 or coverage < min_coverage:
         raise SpectrumError(path, f"it covers {wave[0]:.1f}-{wave[-1]:.1f} Angstrom, {coverage:.1%} of the grid ({grid.wavelength[0]:.1f}-{grid.wavelength[-1]:.1f})", "leave it out, or choose a grid that it covers")
-    rows, extra = {n: c for n, c in ds.coords.items() if c.dims == ("spectrum",)}, dict(coverage=coverage, ivar_origin=ds.ivar.attrs.get("origin", "pipeline"))
-    return dict(flux=flux, ivar=ivar, coords={n: c.values[0].item() if hasattr(c.values[0], "item") else c.values[0] for n, c in rows.items()} | extra,
-                attrs={n: dict(c.attrs) for n, c in rows.items() if c.attrs}, sha256=hashlib.sha256(content).hexdigest())
+    coords = parts.coords | dict(coverage=coverage)
+    if packed: flux, ivar, coords["flux_scale"] = pack(flux, ivar)
+    return dict(flux=flux, ivar=ivar, coords=coords, attrs=attrs, sum=checksum(content))
 
 # %% ../nbs/12_ingest.ipynb #c3954a66
 def try_row(
@@ -193,16 +289,19 @@ def try_row(
     except OSError as exc: return out | dict(reason=f"cannot be read ({exc.strerror or exc})", mend="check permissions and the disk", kind=type(exc).__name__)
     except Exception as exc: return out | dict(reason=f"{type(exc).__name__}: {exc}", mend="report it together with the file", kind=type(exc).__name__)
 
-# %% ../nbs/12_ingest.ipynb #881a7f32
+# %% ../nbs/12_ingest.ipynb #1aaf8445
 def _pack(wavelength): return base64.b64encode(zlib.compress(np.asarray(wavelength, "<f8").tobytes(), 1)).decode()
 
 def _unpack(text): return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<f8").astype(float)
 
-def _write_atomically(path, content):
-    "A file that is either the old one or the new one, whatever happens."
+def _write_atomically(path, *contents, size=None, durable=True):
+    "A file that is either the old one or the new one, whatever happens; filled up to its size with zeros."
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as f:
-        f.write(content); f.flush(); os.fsync(f.fileno())
+        for content in contents: f.write(content)
+        f.flush()
+        if size: os.truncate(f.fileno(), size)
+        if durable: os.fsync(f.fileno())
     os.replace(part, path)
 
 @lru_cache(maxsize=2)
@@ -211,14 +310,14 @@ def _grid_of(manifest, key):
     with open(manifest, "rb") as f: first = json.loads(f.readline())
     return Grid(_unpack(first["wavelength"]), first["medium"], first["frame"], first["origin"])
 
-# %% ../nbs/12_ingest.ipynb #b5f71a53
+# %% ../nbs/12_ingest.ipynb #a5029315
 class Manifest:
     "What a store holds and what was refused; append-only, committed in groups."
     def __init__(self,
         path:str|Path, # of the manifest
     ):
         self.path, self.n_rows, self.chunk_rows, self._end = Path(path), 0, 0, 0
-        self.files, self.refused, self.ids, self.exposures, self.sums, self.attrs = {}, {}, {}, {}, {}, {}
+        self.files, self.refused, self.ids, self.exposures, self.sums, self.attrs, self.chunks, self.packed = {}, {}, {}, {}, {}, {}, {}, False
         content, end, group = self.path.read_bytes(), 0, []
         for line in content.splitlines(keepends=True):
             if not line.endswith(b"\n"): break
@@ -234,12 +333,13 @@ class Manifest:
     @property
     def grid(self) -> Grid: return _grid_of(str(self.path), self.key)
 
-# %% ../nbs/12_ingest.ipynb #3d5be258
+# %% ../nbs/12_ingest.ipynb #5e2e82a2
 @patch
 def _apply(self:Manifest, record):
     "Take one record into account."
     kind, file = record["kind"], record.get("file")
-    if kind == "grid": self.chunk_rows, self.key = record["chunk_rows"], record["key"]
+    if kind == "grid": self.chunk_rows, self.key, self.packed = record["chunk_rows"], record["key"], record.get("packed", False)
+    if kind == "chunk": self.chunks[record["k"]] = {v: record[v] for v in ("flux", "ivar")}
     if kind == "attrs": self.attrs[record["name"]] = record["attrs"]
     if kind in ("row", "refused"):
         self.files[file] = (record["size"], record["mtime"])
@@ -247,7 +347,7 @@ def _apply(self:Manifest, record):
     if kind == "refused": self.refused[file] = {k: record[k] for k in ("reason", "mend", "error")}
     if kind == "row":
         self.n_rows += 1
-        self.ids[record["coords"]["spectrum_id"]] = self.sums[record["sha256"]] = file
+        self.ids[record["coords"]["spectrum_id"]] = self.sums[record["sum"]] = file
         if record["coords"].get("exposure"): self.exposures[record["coords"]["exposure"]] = file
 
 @patch
@@ -260,57 +360,62 @@ def commit(self:Manifest,
         f.write(lines.encode()); f.flush(); os.fsync(f.fileno())
     for record in records: self._apply(record)
 
-# %% ../nbs/12_ingest.ipynb #d688fa00
+# %% ../nbs/12_ingest.ipynb #b40cc389
 def new_manifest(
     path:str|Path, # where to write it
     grid:Grid, # the store's grid
     chunk_rows:int, # rows of one chunk
+    packed:bool=False, # float16 in place of float32
 ) -> Manifest: # with the grid and nothing else
     "Start a manifest. Raises FileExistsError."
     if Path(path).exists(): raise FileExistsError(f"{path} exists")
-    packed = _pack(grid.wavelength)
-    first = dict(kind="grid", version=1, wavelength=packed, medium=grid.medium, frame=grid.frame, origin=grid.origin, chunk_rows=chunk_rows,
-                 key=hashlib.sha256(f"{packed}{grid.medium}{grid.frame}".encode()).hexdigest()[:16])
+    text = _pack(grid.wavelength)
+    first = dict(kind="grid", version=2, packed=packed, wavelength=text, medium=grid.medium, frame=grid.frame, origin=grid.origin, chunk_rows=chunk_rows,
+                 key=hashlib.sha256(f"{text}{grid.medium}{grid.frame}".encode()).hexdigest()[:16])
     _write_atomically(Path(path), "".join(json.dumps(r, sort_keys=True) + "\n" for r in (first, dict(kind="commit"))).encode())
     return Manifest(path)
 
-# %% ../nbs/12_ingest.ipynb #8696fd65
+# %% ../nbs/12_ingest.ipynb #6186104f
 def _chunk_path(store, variable, k): return Path(store)/variable/"c"/str(k)/"0"
 
 def write_chunk(
     store:str|Path, # the store
     k:int, # number of the chunk
-    rows:list, # of (flux, ivar), each (wavelength,) float32; at most chunk_rows
+    rows:list, # of (flux, ivar), each (wavelength,) float32 or float16; at most chunk_rows
     chunk_rows:int, # rows of a full chunk; the rest is filled with zeros
-) -> None:
+) -> dict: # {"flux", "ivar": checksum of the filled rows}
     "Write flux and ivar of one chunk, each atomically."
+    sums = {}
     for v, variable in enumerate(("flux", "ivar")):
-        block = np.zeros((chunk_rows, rows[0][v].size), "<f4")
-        for i, row in enumerate(rows): block[i] = row[v]
         path = _chunk_path(store, variable, k)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, block)
+        _write_atomically(path, *(row[v].astype(row[v].dtype.newbyteorder("<"), copy=False) for row in rows), size=chunk_rows*rows[0][v].nbytes)
+        sums[variable] = checksum("".join(checksum(row[v]) for row in rows).encode())
+    return sums
 
 def read_chunk(
     store:str|Path, # the store
     k:int, # number of the chunk
     n_rows:int, # how many of its rows are filled
     chunk_rows:int, # rows of a full chunk
+    dtype:str="<f4", # "<f2" in a packed store
 ) -> list: # of (flux, ivar)
     "The filled rows of one chunk."
-    flux, ivar = (np.fromfile(_chunk_path(store, v, k), "<f4").reshape(chunk_rows, -1)[:n_rows] for v in ("flux", "ivar"))
+    flux, ivar = (np.fromfile(_chunk_path(store, v, k), dtype).reshape(chunk_rows, -1)[:n_rows] for v in ("flux", "ivar"))
     return list(zip(flux, ivar))
 
-# %% ../nbs/12_ingest.ipynb #c4de9c15
+# %% ../nbs/12_ingest.ipynb #a268cc72
 def _columns(manifest):
     "Coordinate columns of all rows, read from the manifest."
-    columns, n = {}, 0
-    with open(manifest.path, "rb") as f:
-        for line in f:
-            if b'"kind": "row"' not in line: continue
-            for name, value in json.loads(line)["coords"].items(): columns.setdefault(name, [None]*n).append(value)
+    columns, n, group = {}, 0, []
+    for line in manifest.path.read_bytes().splitlines():
+        if b'"kind": "row"' in line: group.append(line)
+        if b'"kind": "commit"' not in line: continue
+        for row in group:
+            for name, value in json.loads(row)["coords"].items(): columns.setdefault(name, [None]*n).append(value)
             n += 1
             for values in columns.values(): values.extend([None]*(n - len(values)))
+        group = []
     text = {k for k, values in columns.items() if any(isinstance(v, str) for v in values)}
     return {k: np.array([v or "" for v in values], dtype=object) if k in text else np.array([np.nan if v is None else v for v in values]) for k, values in columns.items()}
 
@@ -319,34 +424,37 @@ def _template(manifest):
     grid, columns = manifest.grid, _columns(manifest)
     origins = set(columns["ivar_origin"])
     blank = dask.array.zeros((manifest.n_rows, grid.wavelength.size), chunks=(manifest.chunk_rows, -1), dtype=np.float32)
-    attrs = dict(flux={}, ivar=dict(origin=origins.pop() if len(origins) == 1 else "mixed, see ivar_origin"))
+    attrs = dict(flux=dict(long_name="flux in units of flux_scale") if manifest.packed else {}, ivar=dict(origin=origins.pop() if len(origins) == 1 else "mixed, see ivar_origin"))
     coords = {n: ("spectrum", v, dict(sorted(manifest.attrs.get(n, {}).items()))) for n, v in columns.items()}
     coords["wavelength"] = ("wavelength", grid.wavelength, dict(units="Angstrom", medium=grid.medium, frame=grid.frame))
     return xr.Dataset({n: (("spectrum", "wavelength"), blank, a) for n, a in attrs.items()}, coords, dict(grid_origin=grid.origin, made_by="specnb.ingest"))
 
-# %% ../nbs/12_ingest.ipynb #00451ec2
+# %% ../nbs/12_ingest.ipynb #f8cd8b73
 _COLUMN_ROWS = 8192
 
+def _encoding(manifest, template):
+    "How xarray stores the pixels and the columns."
+    packed = {"flux": dict(dtype="float16", scale_factor=1.), "ivar": dict(dtype="float16", scale_factor=_IVAR_UNIT)} if manifest.packed else {}
+    pixels = {n: dict(chunks=(manifest.chunk_rows, template.sizes["wavelength"]), compressors=None, filters=None) | packed.get(n, {}) for n in ("flux", "ivar")}
+    return pixels | {n: dict(chunks=(_COLUMN_ROWS,)) for n, c in template.coords.items() if c.dims == ("spectrum",)}
+
+# %% ../nbs/12_ingest.ipynb #31b4b9dc
 def publish(
     store:str|Path, # the store
     manifest:Manifest, # its manifest, with at least one row
 ) -> None:
     "Make the committed rows visible to `xarray.open_zarr`."
-    part = Path(store).with_name(Path(store).name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    template = _template(manifest)
-    pixels = {n: dict(chunks=(manifest.chunk_rows, template.sizes["wavelength"]), compressors=None, filters=None) for n in ("flux", "ivar")}
-    columns = {n: dict(chunks=(_COLUMN_ROWS,)) for n, c in template.coords.items() if c.dims == ("spectrum",)}
+    template, made = _template(manifest), {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Consolidated metadata") # zarr-python's own, readable by all, not yet in the specification
-        template.to_zarr(part, mode="w", compute=False, consolidated=True, zarr_format=3, encoding=pixels | columns)
-    files = [p.relative_to(part) for p in part.rglob("*") if p.is_file()]
-    for name in sorted(files, key=lambda p: (p.name == "zarr.json", -len(p.parts), str(p))):
-        (Path(store)/name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(part/name, Path(store)/name)
-    shutil.rmtree(part)
+        template.to_zarr(MemoryStore(made), mode="w", compute=False, consolidated=True, zarr_format=3, encoding=_encoding(manifest, template))
+    for name in sorted(made, key=lambda n: (n.endswith("zarr.json"), -n.count("/"), n)):
+        path, content = Path(store)/name, made[name].to_bytes()
+        if path.exists() and path.read_bytes() == content: continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(path, content, durable=False)
 
-# %% ../nbs/12_ingest.ipynb #47d64acd
+# %% ../nbs/12_ingest.ipynb #56114a40
 def duplicate_of(
     manifest:Manifest, # of the store
     row:dict, # as try_row returns it
@@ -356,7 +464,7 @@ def duplicate_of(
     coords = row["coords"]
     found = lambda part, known, value: pending.get((part, value)) or known.get(value) if value else None
     name = lambda path: Path(path).name
-    if other := found("sum", manifest.sums, row["sha256"]): why, mend = f"an identical copy of {name(other)}", "delete one of them"
+    if other := found("sum", manifest.sums, row["sum"]): why, mend = f"an identical copy of {name(other)}", "delete one of them"
     elif other := found("id", manifest.ids, coords["spectrum_id"]): why, mend = f"spectrum_id {coords['spectrum_id']} is in the store already, from {name(other)}", "keep one of them, or ingest into another store"
     elif other := found("exposure", manifest.exposures, coords.get("exposure")): why, mend = f"another product of exposure {coords['exposure']} is in the store already, from {name(other)}", "keep one product per exposure"
     else: return None
@@ -410,40 +518,65 @@ def rows_in_order(
         finally:
             for future in waiting: future.cancel()
 
-# %% ../nbs/12_ingest.ipynb #9f3bbe73
+# %% ../nbs/12_ingest.ipynb #b26ef084
 class _Writer:
-    "Rows on their way into chunks."
+    "Rows on their way into chunks; a chunk is written and committed in the background while the next one fills."
     def __init__(self, store, manifest):
-        self.store, self.manifest = Path(store), manifest
+        self.store, self.manifest, self.dtype = Path(store), manifest, "<f2" if manifest.packed else "<f4"
         tail = manifest.n_rows % manifest.chunk_rows
-        self.rows = read_chunk(store, manifest.n_rows//manifest.chunk_rows, tail, manifest.chunk_rows) if tail else []
+        self.rows = read_chunk(store, manifest.n_rows//manifest.chunk_rows, tail, manifest.chunk_rows, self.dtype) if tail else []
         self.records, self.pending, self.attrs = [], {}, dict(manifest.attrs)
+        self.pool, self.writing, self.written = ThreadPoolExecutor(1), None, {}
 
-    def add(self, result):
-        "Take one result of try_row; True if it became a row."
-        source = {k: result[k] for k in ("file", "size", "mtime")}
-        trouble = result if "reason" in result else duplicate_of(self.manifest, result, self.pending)
-        if trouble:
-            self.records.append(source | dict(kind="refused", reason=trouble["reason"], mend=trouble["mend"], error=trouble["kind"]))
-            return False
-        new = {n: a for n, a in result["attrs"].items() if self.attrs.get(n) != a and n not in self.attrs}
-        self.attrs |= new
-        self.records += [*(dict(kind="attrs", name=n, attrs=a) for n, a in new.items()), source | dict(kind="row", coords=result["coords"], sha256=result["sha256"])]
-        for part, value in (("id", result["coords"]["spectrum_id"]), ("exposure", result["coords"].get("exposure")), ("sum", result["sha256"])): self.pending[part, value] = result["file"]
-        self.rows.append((result["flux"], result["ivar"]))
-        if len(self.rows) == self.manifest.chunk_rows: self.flush()
-        return True
+@patch
+def add(self:_Writer, result):
+    "Take one result of try_row; True if it became a row."
+    source = {k: result[k] for k in ("file", "size", "mtime")}
+    trouble = result if "reason" in result else duplicate_of(self.manifest, result, self.written | self.pending)
+    if trouble:
+        self.records.append(source | dict(kind="refused", reason=trouble["reason"], mend=trouble["mend"], error=trouble["kind"]))
+        return False
+    new = {n: a for n, a in result["attrs"].items() if n not in self.attrs}
+    self.attrs |= new
+    self.records += [*(dict(kind="attrs", name=n, attrs=a) for n, a in new.items()), source | dict(kind="row", coords=result["coords"], sum=result["sum"])]
+    for part, value in (("id", result["coords"]["spectrum_id"]), ("exposure", result["coords"].get("exposure")), ("sum", result["sum"])): self.pending[part, value] = result["file"]
+    self.rows.append((result["flux"], result["ivar"]))
+    if len(self.rows) == self.manifest.chunk_rows: self.flush()
+    return True
 
-# %% ../nbs/12_ingest.ipynb #1bfc760f
+# %% ../nbs/12_ingest.ipynb #b7347ddf
+@patch
+def settle(self:_Writer):
+    "Wait for the background, and raise what went wrong there."
+    writing, self.writing = self.writing, None
+    try: writing is None or writing.result()
+    except BaseException:
+        self.rows, self.records, self.pending = [], [], {}
+        raise
+    finally: self.written = {}
+
 @patch
 def flush(self:_Writer):
-    "Write the waiting rows, then commit the waiting records."
+    "Hand the waiting rows and records to the background, after what it had before."
+    self.settle()
     if not self.records: return
-    n_new = sum(r["kind"] == "row" for r in self.records)
-    if n_new: write_chunk(self.store, (self.manifest.n_rows + n_new - 1)//self.manifest.chunk_rows, self.rows, self.manifest.chunk_rows)
-    self.manifest.commit(self.records)
-    if self.manifest.n_rows % self.manifest.chunk_rows == 0: self.rows = []
-    self.records, self.pending = [], {}
+    self.writing = self.pool.submit(self._store, self.rows, self.records)
+    if len(self.rows) == self.manifest.chunk_rows: self.rows = []
+    self.records, self.written, self.pending = [], self.pending, {}
+
+@patch
+def _store(self:_Writer, rows, records):
+    "Write the rows, then commit the records."
+    n_new = sum(r["kind"] == "row" for r in records)
+    k = (self.manifest.n_rows + n_new - 1)//self.manifest.chunk_rows
+    chunk = [dict(kind="chunk", k=k, **write_chunk(self.store, k, rows, self.manifest.chunk_rows))] if n_new else []
+    self.manifest.commit([*records, *chunk])
+
+@patch
+def close(self:_Writer):
+    "Everything to disk."
+    try: self.flush(); self.settle()
+    finally: self.pool.shutdown()
 
 # %% ../nbs/12_ingest.ipynb #2d38a860
 @contextlib.contextmanager
@@ -468,7 +601,7 @@ def _locked(path):
         except OSError: raise StoreError(f"{Path(path).name}: another process is ingesting into this store; wait for it, or end it") from None
         yield
 
-# %% ../nbs/12_ingest.ipynb #b892186c
+# %% ../nbs/12_ingest.ipynb #7b97c0eb
 def _beside(store, ending): return Path(store).with_name(Path(store).name.removesuffix(".zarr") + ending)
 
 def _requested(wavelength, default):
@@ -487,11 +620,24 @@ def check_store(
     root = Path(store)/"flux"/"zarr.json"
     if root.exists() and json.loads(root.read_text())["shape"][0] > manifest.n_rows:
         raise StoreError(f"{Path(store).name}: has rows that {manifest.path.name} does not know, added by something else; ingest into another store")
-    size = 4*manifest.chunk_rows*manifest.grid.wavelength.size
+    size = (2 if manifest.packed else 4)*manifest.chunk_rows*manifest.grid.wavelength.size
     for k in range(-(-manifest.n_rows//manifest.chunk_rows)):
         for path in (_chunk_path(store, v, k) for v in ("flux", "ivar")):
             if not path.exists() or path.stat().st_size != size:
                 raise StoreError(f"{Path(store).name}: chunk {k} is missing or damaged though {manifest.path.name} lists it; restore it, or pass overwrite=True to begin anew")
+
+# %% ../nbs/12_ingest.ipynb #adbb81e9
+def verify_store(
+    store:str|Path, # the store
+) -> list: # of (chunk, "flux" or "ivar") whose bytes are not those that were written; empty is good
+    "Read every chunk and compare it with its checksum in the manifest. Raises StoreError for a chunk that is missing."
+    manifest, damaged = Manifest(_beside(store, ".manifest.jsonl")), []
+    check_store(store, manifest)
+    for k, sums in sorted(manifest.chunks.items()):
+        n = min(manifest.chunk_rows, manifest.n_rows - k*manifest.chunk_rows)
+        for v, rows in zip(("flux", "ivar"), zip(*read_chunk(store, k, n, manifest.chunk_rows, "<f2" if manifest.packed else "<f4"))):
+            if checksum("".join(map(checksum, rows)).encode()) != sums[v]: damaged.append((k, v))
+    return damaged
 
 # %% ../nbs/12_ingest.ipynb #c29efb01
 def open_manifest(
@@ -514,7 +660,7 @@ def open_manifest(
     check_store(store, manifest)
     return manifest
 
-# %% ../nbs/12_ingest.ipynb #1de65f9c
+# %% ../nbs/12_ingest.ipynb #c0d061cc
 def probe_grid(
     files:Iterable, # of Path, in the order of ingest
     n_good:int=16, # how many good files to look at
@@ -523,18 +669,19 @@ def probe_grid(
     "Choose a grid from the first good files."
     good = []
     for path in files:
-        try: good.append(read_spectrum(path, **read_options))
+        try: good.append(read_parts(path, **read_options)[0])
         except (SpectrumError, OSError): continue
         if len(good) == n_good: break
     return choose_grid(good) if good else None
 
-# %% ../nbs/12_ingest.ipynb #6f6e7526
+# %% ../nbs/12_ingest.ipynb #af6e4eb9
 def create_manifest(
     store:str|Path, # the store to be
     files:list, # of Path, in the order of ingest
     wavelength=None, # (wavelength,) the grid asked for [Angstrom], or None
     chunk_rows:int|None=None, # rows of a chunk; None: about 16 MB
     read_options:dict|None=None, # for `read_spectrum`
+    packed:bool|None=None, # float16 in place of float32
 ) -> Manifest|None: # None if no grid is given and no file can be read
     "Start a store: fix its grid and write its manifest. Raises ValueError for a bad grid."
     attrs = getattr(wavelength, "attrs", {})
@@ -544,7 +691,7 @@ def create_manifest(
     if grid is None: return None
     path = _beside(store, ".manifest.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    return new_manifest(path, grid, chunk_rows or max(1, min(4_000_000//grid.wavelength.size, max(16, len(files)), 4096)))
+    return new_manifest(path, grid, chunk_rows or max(1, min(4_000_000//grid.wavelength.size, max(16, len(files)), 4096)), bool(packed))
 
 # %% ../nbs/12_ingest.ipynb #bb4e8fb1
 @dataclass(frozen=True, repr=False)
@@ -581,7 +728,7 @@ def usual_workers(
     n = min(n_cpu, max(n_bytes//32_000_000, len(files)//256))
     return n if n > 1 else 0
 
-# %% ../nbs/12_ingest.ipynb #3f6a3b7a
+# %% ../nbs/12_ingest.ipynb #b9a3e109
 def _run(store, manifest, files, options, n_workers, progress):
     "Read the files that are new into the store; number of rows added."
     before = manifest.n_rows
@@ -594,7 +741,7 @@ def _run(store, manifest, files, options, n_workers, progress):
     finally:
         results.close()
         with _unbroken():
-            writer.flush()
+            writer.close()
             if manifest.n_rows: publish(store, manifest)
             _write_atomically(_beside(store, ".refusals.csv"), refusal_table(manifest.refused).to_csv(index=False).encode())
     return manifest.n_rows - before
@@ -615,7 +762,7 @@ def _is_known(manifest, file):
     except OSError: return False
     return manifest.files.get(str(file)) == (stat.st_size, stat.st_mtime_ns)
 
-# %% ../nbs/12_ingest.ipynb #1e71fd4b
+# %% ../nbs/12_ingest.ipynb #a0adbf0f
 def ingest(
     paths, # files, folders (searched with subfolders) or patterns
     store:str|Path, # Zarr store to make or to add to
@@ -627,14 +774,16 @@ def ingest(
     seed:int|None=0, # of the shuffled order of rows; None: by name
     progress:bool=True, # show a progress bar
     chunk_rows:int|None=None, # rows of a chunk in a new store; None: about 16 MB
+    packed:bool|None=None, # float16 in a new store; None: as the store is, else float32
     read_options:dict|None=None, # for `read_spectrum`: medium, frame where the files are silent
 ) -> IngestReport: # what was read and what was refused
     "Read many files into one Zarr store on one grid. Raises StoreError, FileNotFoundError, ValueError; never for a bad file."
     store, files, options = Path(store), shuffled(find_files(paths), seed), read_options or {}
-    with _opened(store, wavelength, dict(append=append, overwrite=overwrite), dict(files=files, chunk_rows=chunk_rows, read_options=options)) as manifest:
+    with _opened(store, wavelength, dict(append=append, overwrite=overwrite), dict(files=files, chunk_rows=chunk_rows, read_options=options, packed=packed)) as manifest:
         if manifest is None: return _nothing(store, files, options)
+        if packed not in (None, manifest.packed): raise StoreError(f"{store.name}: is {'' if manifest.packed else 'not '}packed; leave packed out, or choose another store")
         todo = [f for f in files if not _is_known(manifest, f)]
-        n_new = _run(store, manifest, todo, options | dict(min_coverage=min_coverage), n_workers, progress)
+        n_new = _run(store, manifest, todo, options | dict(min_coverage=min_coverage, packed=manifest.packed), n_workers, progress)
     refused = {str(f): manifest.refused[str(f)] for f in files if str(f) in manifest.refused}
     return IngestReport(store, n_new, len(files) - n_new - len(refused), manifest.n_rows, refusal_table(refused))
 

@@ -6,7 +6,9 @@
 __all__ = ['SPEED_OF_LIGHT', 'linear_grid', 'log_grid', 'velocity_step', 'pixel_edges', 'doppler_factor', 'doppler_shift',
            'vacuum_to_air', 'air_to_vacuum', 'broaden', 'resample']
 
-# %% ../nbs/00_wave.ipynb #aabee3a8
+# %% ../nbs/00_wave.ipynb #48ca93e4
+from functools import lru_cache
+
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
@@ -103,26 +105,32 @@ def broaden(
     smooth = lambda f: np.interp(log_wave, even, gaussian_filter1d(np.interp(even, log_wave, f), sigma, mode="nearest"))
     return np.apply_along_axis(smooth, -1, flux)
 
-# %% ../nbs/00_wave.ipynb #a0dd0ce7
-def _overlaps(old, new):
-    "Index of the old pixel, of the new pixel, and length, for every stretch that both grids cover."
-    old_edges, new_edges = pixel_edges(old), pixel_edges(new)
-    edges = np.union1d(old_edges, new_edges)
-    edges = edges[(edges >= max(old_edges[0], new_edges[0])) & (edges <= min(old_edges[-1], new_edges[-1]))]
-    if len(edges) < 2: return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
-    middle = (edges[1:] + edges[:-1]) / 2
-    i, j = np.searchsorted(old_edges, middle) - 1, np.searchsorted(new_edges, middle) - 1
-    return i.clip(0, len(old) - 1), j.clip(0, len(new) - 1), np.diff(edges)
+# %% ../nbs/00_wave.ipynb #7d7e7634
+def _merge_pixels(old, flux, ivar, new, min_coverage, out):
+    "Walk along both grids at once; fills out (2, new pixel) with flux and inverse variance."
+    i, old_low, new_low = 0, 2 * old[0] - (old[1] + old[0]) / 2, 2 * new[0] - (new[1] + new[0]) / 2
+    for j in range(new.size):
+        new_high = (new[j + 1] + new[j]) / 2 if j + 1 < new.size else 2 * new[-1] - (new[-1] + new[-2]) / 2
+        total = mean = variance = 0.
+        while i < old.size:
+            old_high = (old[i + 1] + old[i]) / 2 if i + 1 < old.size else 2 * old[-1] - (old[-1] + old[-2]) / 2
+            length = min(old_high, new_high) - max(old_low, new_low)
+            if length > 0 and ivar[i] > 0:
+                total += length
+                mean += length * flux[i]
+                variance += length**2 / ivar[i]
+            if old_high > new_high: break
+            i, old_low = i + 1, old_high
+        if total > min_coverage * (new_high - new_low):
+            value, weight = mean / total, total**2 / variance
+            if np.isfinite(value) and np.isfinite(weight): out[0, j], out[1, j] = value, weight
+        new_low = new_high
 
-# %% ../nbs/00_wave.ipynb #c73503c2
-def _resample_one(i, j, length, n, flux, ivar, width, min_coverage):
-    weight = np.where(ivar[i] > 0, length, 0.)
-    total = np.bincount(j, weight, n)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean = np.bincount(j, np.where(weight > 0, weight * flux[i], 0), n) / total
-        inverse = total**2 / np.bincount(j, np.where(weight > 0, weight**2 / ivar[i], 0), n)
-    good = (total > min_coverage * width) & np.isfinite(mean) & np.isfinite(inverse)
-    return np.where(good, mean, 0), np.where(good, inverse, 0)
+# %% ../nbs/00_wave.ipynb #d26126d1
+@lru_cache(maxsize=1)
+def _compiled():
+    from numba import njit
+    return njit(cache=True, nogil=True, error_model="numpy")(_merge_pixels)
 
 def resample(
     wavelength:np.ndarray, # (wavelength,) old pixel centres, increasing [Angstrom]
@@ -132,11 +140,12 @@ def resample(
     min_coverage:float=0.5 # least part of a new pixel that valid data must cover
 ) -> tuple: # flux and ivar, each (..., new_wavelength)
     "Flux-conserving resampling with propagated inverse variance; `ValueError` if a grid does not increase."
-    for name, grid in (("wavelength", wavelength), ("new_wavelength", new_wavelength)):
-        if not np.all(np.diff(grid) > 0): raise ValueError(f"resample: {name} must increase; sort it and drop repeated values")
+    old, new = np.ascontiguousarray(wavelength, float), np.ascontiguousarray(new_wavelength, float)
+    for name, grid in (("wavelength", old), ("new_wavelength", new)):
+        if not (grid[1:] > grid[:-1]).all(): raise ValueError(f"resample: {name} must increase; sort it and drop repeated values")
     flux = np.asarray(flux, float); ivar = np.ones_like(flux) if ivar is None else np.asarray(ivar, float)
-    i, j, length = _overlaps(np.asarray(wavelength, float), np.asarray(new_wavelength, float))
-    n, width = len(new_wavelength), np.diff(pixel_edges(new_wavelength))
-    rows = [_resample_one(i, j, length, n, f, w, width, min_coverage) for f, w in zip(flux.reshape(-1, flux.shape[-1]), ivar.reshape(-1, flux.shape[-1]))]
-    new_flux, new_ivar = (np.stack(part).reshape(*flux.shape[:-1], n) for part in zip(*rows))
-    return new_flux, new_ivar
+    if flux.shape != ivar.shape or flux.shape[-1:] != old.shape: raise ValueError(f"resample: flux {flux.shape} and ivar {ivar.shape} need one value for each of {old.size} wavelengths")
+    out = np.zeros((max(1, flux.size // old.size), 2, new.size))
+    for f, w, row in zip(flux.reshape(-1, old.size), ivar.reshape(-1, old.size), out): _compiled()(old, np.ascontiguousarray(f), np.ascontiguousarray(w), new, min_coverage, row)
+    shape = (*flux.shape[:-1], new.size)
+    return out[:, 0].reshape(shape), out[:, 1].reshape(shape)
