@@ -10,7 +10,7 @@ __all__ = ['PALETTE', 'CYCLE', 'STATISTICS', 'CRITERIA', 'axis_label', 'empty_vi
            'neighbour_traces', 'neighbour_view', 'neighbour_figure', 'history_terms', 'history_view', 'history_figure',
            'dimension_table', 'dimensions_view', 'dimensions_figure']
 
-# %% ../nbs/40_plots.ipynb #d71f4e2a
+# %% ../nbs/40_plots.ipynb #e9ccf7aa
 from io import BytesIO
 import holoviews as hv
 import holoviews.plotting.bokeh
@@ -24,6 +24,8 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import pdist
 from .depend import linfoot
 from tsdownsample import MinMaxDownsampler
 
@@ -153,12 +155,21 @@ def _title(spectrum):
     parts = [str(spectrum[name].item()) for name in ("object", "spectrum_id") if name in spectrum.coords]
     return " · ".join(dict.fromkeys(part for part in parts if part))
 
-# %% ../nbs/40_plots.ipynb #ebb20444
+# %% ../nbs/40_plots.ipynb #89415360
 _LINE_TOOLS = dict(backend="bokeh", responsive=True, default_tools=["save", "reset"], tools=["xpan", "xwheel_zoom", "box_zoom"],
-                  active_tools=["box_zoom"], show_grid=True, gridstyle={"grid_line_alpha": 0.35})
+                  active_tools=["xpan", "xwheel_zoom"], backend_opts={"plot.output_backend": "canvas"}, show_grid=True, gridstyle={"grid_line_alpha": 0.35})
 
 def _curve(x, y, dims, label, color, width=1.2):
     return hv.Curve((x, y), *dims, label=label).opts(backend="bokeh", color=color, line_width=width, padding=(0, 0.06))
+
+def _marks(marks, x_range, few, dims):
+    "Named lines: a thin rule each, and the names along the top of what is drawn."
+    x, y = (np.concatenate([part[place] for part in few.values()]) for place in (0, 1))
+    shown = marks((float(x.min()), float(x.max())) if x_range is None or None in tuple(x_range) else x_range)
+    top = np.nanmax(y) + 0.16 * np.ptp(y[np.isfinite(y)]) if np.isfinite(y).any() else 1.
+    names = hv.Labels((shown["wavelength"], np.full(len(shown), top), shown["name"]), list(dims), "name")
+    rules = hv.VLines(shown["wavelength"].to_numpy(), kdims=["line_at"]).opts(backend="bokeh", color=PALETTE["flux"], alpha=0.6, line_width=0.8, line_dash="dotted")
+    return rules, names.opts(backend="bokeh", text_font_size="8pt", text_color=PALETTE["flux"], text_align="right", text_baseline="bottom", angle=90)
 
 def _spans(spans, x_range, n_most=300):
     if x_range is not None and None not in tuple(x_range):
@@ -166,24 +177,27 @@ def _spans(spans, x_range, n_most=300):
     widest = spans[np.argsort(spans[:, 0] - spans[:, 1])[:n_most]]
     return hv.VSpans(widest, kdims=["masked_from", "masked_to"]).opts(backend="bokeh", color=PALETTE["masked"], alpha=0.45, line_alpha=0)
 
-# %% ../nbs/40_plots.ipynb #5629022d
+# %% ../nbs/40_plots.ipynb #701326bc
 def trace_panel(
-    wavelength:xr.DataArray, # (wavelength,) [Angstrom]
+    wavelength,              # (wavelength,) DataArray [Angstrom]; or a function that returns it
     lines,                   # name -> ((wavelength,) values, colour[, width]); or a function that returns this, asked at each drawing
     ylabel:str,              # name and unit of the values
     spans=(),                # (span, 2) shaded ranges [Angstrom]; or a function that returns them
     n_points:int=2000,       # points drawn per line
     streams:list=(),         # further HoloViews streams that cause a new drawing
-    **options,               # further plot options: `height`, `title`, ...
+    marks=None,              # visible range -> `wavelength`, `name` of the lines to mark in it, as `specnb.desk.lines_in_sight`
+    **options,               # further plot options: `height`, `title` (text, or a function that returns it), ...
 )->hv.DynamicMap:
     "Lines over wavelength that are reduced to what the screen shows, anew at each zoom."
-    grid = wavelength.values
-    dims = hv.Dimension("wavelength", label=axis_label(wavelength, "Wavelength")), hv.Dimension(ylabel)
-    settings = _LINE_TOOLS | dict(height=300, legend_position="top", legend_opts={"border_line_alpha": 0, "padding": 2, "label_text_font_size": "9pt"}, fontsize={"title": "10pt"}, padding=(0, 0.06), xlabel=dims[0].label, ylabel=ylabel) | options
+    dims = hv.Dimension("wavelength", label=axis_label(wavelength() if callable(wavelength) else wavelength, "Wavelength")), hv.Dimension(ylabel)
+    settings = _LINE_TOOLS | dict(height=300, legend_position="bottom_right", legend_opts={"orientation": "horizontal", "border_line_alpha": 0, "background_fill_alpha": 0.6, "padding": 2, "label_text_font_size": "9pt"}, fontsize={"title": "10pt"}, padding=(0, 0.06), xlabel=dims[0].label, ylabel=ylabel) | options
     def draw(x_range, **_):
-        now, ranges = (lines() if callable(lines) else lines), (spans() if callable(spans) else spans)
-        curves = [_curve(*reduce_line(grid, values, x_range, n_points), dims, name, *style) for name, (values, *style) in now.items()]
-        return hv.Overlay([_spans(np.reshape(ranges, (-1, 2)), x_range), *curves]).opts(**settings)
+        grid, now, ranges = (part() if callable(part) else part for part in (wavelength, lines, spans))
+        few = {name: (*reduce_line(grid.values, values, x_range, n_points), style) for name, (values, *style) in now.items()}
+        curves = [_curve(x, y, dims, name, *style) for name, (x, y, style) in few.items()]
+        named = [] if marks is None else _marks(marks, x_range, few, dims)
+        title = {name: text() for name, text in settings.items() if name == "title" and callable(text)}
+        return hv.Overlay([_spans(np.reshape(ranges, (-1, 2)), x_range), *curves, *named]).opts(**settings | title)
     return hv.DynamicMap(draw, streams=[RangeX(), *streams])
 
 # %% ../nbs/40_plots.ipynb #60da3385
@@ -235,20 +249,22 @@ def spectrum_figure(
     axes[-1].set_xlabel(axis_label(grid, "Wavelength"))
     return figure
 
-# %% ../nbs/40_plots.ipynb #d630a6ef
+# %% ../nbs/40_plots.ipynb #3594ca3b
 STATISTICS = {
     "spearman": "Spearman rank correlation", "pearson": "Pearson correlation",
     "mi": "Mutual information [nat]", "linfoot": "Mutual information, 0..1 (Linfoot)",
+    "conditional_mi": "Information beyond the given labels [nat]",
 }
 
-# %% ../nbs/40_plots.ipynb #1ab0b699
+# %% ../nbs/40_plots.ipynb #f52c4e06
 def matrix_table(
     association:xr.Dataset,     # (latent, label) from `specnb.depend.association`
     statistic:str="spearman",   # a key of `STATISTICS`
     dimensions:xr.Dataset=None, # (latent,) with `informative`: the other nodes are folded away
     alpha:float=0.05,           # pairs with q below are marked
+    order:str="strength",       # of nodes and labels: "strength", "cluster" or "number"
 )->pd.DataFrame:                # one row a pair: node, label, value, n, interval, p, q, mark
-    "The numbers behind a matrix view, nodes sorted. Raises `ValueError` naming what the association lacks."
+    "The numbers behind a matrix view, in order. Raises `ValueError` naming what the association lacks."
     if statistic not in STATISTICS: raise ValueError(f"statistic {statistic!r} is not one of {', '.join(STATISTICS)}")
     source = "mi" if statistic == "linfoot" else statistic
     if source not in association: raise ValueError(f"association has no variable {source!r}, only {', '.join(association.data_vars)}")
@@ -256,7 +272,8 @@ def matrix_table(
     table = _pair_columns(kept, source)
     if statistic == "linfoot": table[["value", "low", "high"]] = linfoot(table[["value", "low", "high"]].to_numpy())
     table["mark"] = np.where(table["q"] < alpha, "*", "")
-    return _sorted_nodes(table)
+    if order not in ("strength", "cluster", "number"): raise ValueError(f"order {order!r} is not one of strength, cluster, number")
+    return _sorted_nodes(table) if order == "strength" else _clustered(table) if order == "cluster" else table
 
 # %% ../nbs/40_plots.ipynb #34fdd1b6
 def _informative(association, dimensions):
@@ -290,11 +307,22 @@ def _sorted_nodes(table):
     table = table.assign(rank=table["latent"].map(order)).sort_values(["rank", "place"], ignore_index=True)
     return table.drop(columns=["place", "strength", "rank"])
 
-# %% ../nbs/40_plots.ipynb #f4b0c2cc
-def _matrix_view(association, statistic, dimensions, alpha, height, **options):
+# %% ../nbs/40_plots.ipynb #92545f52
+def _clustered(table):
+    square = table.assign(size=table["value"].abs().fillna(0)).pivot(index="node", columns="label", values="size")
+    names = {axis: part.index[_leaf_order(part.to_numpy())] for axis, part in (("node", square), ("label", square.T))}
+    places = {axis: {name: place for place, name in enumerate(order)} for axis, order in names.items()}
+    return table.sort_values(["node", "label"], key=lambda column: column.map(places[column.name]), ignore_index=True)
+
+def _leaf_order(rows):
+    if len(rows) < 3: return np.arange(len(rows))
+    return leaves_list(linkage(pdist(rows), "average", optimal_ordering=True))
+
+# %% ../nbs/40_plots.ipynb #b1e34768
+def _matrix_view(association, statistic, dimensions, alpha, height, order="strength", **options):
     if not association.sizes["latent"] * association.sizes["label"]:
         return empty_view("No pairs: the latents carry no labels. Join a label table (specnb.catalogue.join_labels), then run the analysis again.")
-    table = matrix_table(association, statistic, dimensions, alpha)
+    table = matrix_table(association, statistic, dimensions, alpha, order)
     cells = table.rename(columns={"n": "spectra", "n_groups": "groups"}).assign(interval=[f"{low:.3f} to {high:.3f}" for low, high in zip(table["low"], table["high"])])
     fields = ["value", "spectra", "groups", "interval", "p", "q"]
     tips = [("node", "@node"), ("label", "@label"), (STATISTICS[statistic], "@value{0.000}"), ("interval", "@interval"), ("spectra", "@spectra"), ("groups", "@groups"), ("p", "@p{0.0000}"), ("q", "@q{0.0000}")]
@@ -304,10 +332,11 @@ def _matrix_view(association, statistic, dimensions, alpha, height, **options):
         clipping_colors={"NaN": _MISSING}, fontsize={"title": "10pt"}, **options)
     return heat * _cell_text(table, statistic)
 
-# %% ../nbs/40_plots.ipynb #b5f05d35
+# %% ../nbs/40_plots.ipynb #53a95c42
 def _matrix_title(association, table, alpha):
     shown, folded = table["latent"].nunique(), association.sizes["latent"] - table["latent"].nunique()
-    return f"{shown} nodes" + (f" ({folded} folded away)" if folded else "") + f"; * q < {alpha:g}"
+    tested = f"* q < {alpha:g}" if table["q"].notna().any() else "not tested"
+    return f"{shown} nodes" + (f" ({folded} folded away)" if folded else "") + f"; {tested}"
 
 def _cell_words(table):
     crowded = table["label"].nunique() > 8   # then only the marked cells have words
@@ -327,41 +356,44 @@ def _cell_text(table, statistic):
     styles = [(pale, "#20242a"), (~pale, "#ffffff")]
     return hv.Overlay([hv.Labels(words[rows], ["label", "node"], "words").opts(backend="bokeh", text_color=color, text_font_size="9pt") for rows, color in styles])
 
-# %% ../nbs/40_plots.ipynb #36ce09e5
+# %% ../nbs/40_plots.ipynb #cad0ab7e
 def correlation_matrix(
     association:xr.Dataset,     # (latent, label) from `specnb.depend.association`
     statistic:str="spearman",   # "spearman" or "pearson"
     dimensions:xr.Dataset=None, # (latent,) with `informative`: the other nodes are folded away
     alpha:float=0.05,           # pairs with q below are marked
     height:int=380,             # [pixel]
+    order:str="strength",       # "strength", "cluster" or "number"
 )->hv.Overlay:
     "Nodes against labels, coloured by a signed correlation, live."
-    return _matrix_view(association, statistic, dimensions, alpha, height, cmap="RdBu_r", clim=(-1, 1))
+    return _matrix_view(association, statistic, dimensions, alpha, height, order, cmap="RdBu_r", clim=(-1, 1))
 
-# %% ../nbs/40_plots.ipynb #072c6b0c
+# %% ../nbs/40_plots.ipynb #ec3433c2
 def information_matrix(
     association:xr.Dataset,     # (latent, label) from `specnb.depend.association`
-    scale:str="nat",            # "nat", or "linfoot" for 0..1
+    scale:str="nat",            # "nat", "linfoot" for 0..1, or "conditional_mi" of `specnb.depend.conditional_association`
     dimensions:xr.Dataset=None, # (latent,) with `informative`: the other nodes are folded away
     alpha:float=0.05,           # pairs with q below are marked
     height:int=380,             # [pixel]
+    order:str="strength",       # "strength", "cluster" or "number"
 )->hv.Overlay:
     "Nodes against labels, coloured by mutual information, live: it sees relations that no correlation sees."
-    statistic = "linfoot" if scale == "linfoot" else "mi"
+    statistic = scale if scale in STATISTICS else "mi"
     if not association.sizes["label"]: return _matrix_view(association, statistic, dimensions, alpha, height)
     limits = _limits(matrix_table(association, statistic, dimensions, alpha), statistic)
-    return _matrix_view(association, statistic, dimensions, alpha, height, cmap="viridis", clim=limits)
+    return _matrix_view(association, statistic, dimensions, alpha, height, order, cmap="viridis", clim=limits)
 
-# %% ../nbs/40_plots.ipynb #b3d64e61
+# %% ../nbs/40_plots.ipynb #408ecc6e
 def matrix_figure(
     association:xr.Dataset,     # (latent, label) from `specnb.depend.association`
     statistic:str="spearman",   # a key of `STATISTICS`
     dimensions:xr.Dataset=None, # (latent,) with `informative`: the other nodes are folded away
     alpha:float=0.05,           # pairs with q below are marked
+    order:str="strength",       # "strength", "cluster" or "number"
 )->Figure:                      # the still twin of `correlation_matrix` and `information_matrix`
     "Nodes against labels, for print."
     if not association.sizes["latent"] * association.sizes["label"]: return empty_figure("No pairs: the latents carry no labels.")
-    table = matrix_table(association, statistic, dimensions, alpha)
+    table = matrix_table(association, statistic, dimensions, alpha, order)
     nodes, labels = list(dict.fromkeys(table["node"])), list(dict.fromkeys(table["label"]))
     low, high = _limits(table, statistic)
     figure, ax = _figure(size=(max(4.8, 1.9 + 0.62 * len(labels)), max(2.6, 1.5 + 0.3 * len(nodes))))
@@ -416,7 +448,7 @@ def scatter_table(
     table = table.rename_axis("row").reset_index()
     return table[np.isfinite(table["x"].astype(float)) & np.isfinite(table["y"].astype(float))]
 
-# %% ../nbs/40_plots.ipynb #ca9887cf
+# %% ../nbs/40_plots.ipynb #b27b9737
 def latent_scatter(
     latents:xr.Dataset,   # `mean` (spectrum, latent) and coordinates along spectrum
     x:int|str,            # node or coordinate
@@ -433,8 +465,8 @@ def latent_scatter(
     dims = [hv.Dimension("x", label=labels["x"]), hv.Dimension("y", label=labels["y"])]
     cloud = (_shaded if len(table) > n_points else _points)(table, dims, color is not None)
     layers = [cloud] + (_trend_layers(table, dims) if trend else [])
-    shade = "" if color is None and len(table) <= n_points else f"colour: {labels['color'] if color is not None else 'spectra per pixel'}"
-    settings = _LINE_TOOLS | dict(height=height, tools=["pan", "wheel_zoom", "box_zoom"], show_legend=False, title=shade, fontsize={"title": "10pt"})
+    shade = f"{len(table):,} spectra" + ("" if color is None and len(table) <= n_points else f"; colour: {labels['color'] if color is not None else 'spectra per pixel'}") + ("; running median with 16 to 84 %" if trend else "")
+    settings = _LINE_TOOLS | dict(height=height, tools=["pan", "wheel_zoom", "box_zoom"], active_tools=["pan", "wheel_zoom"], show_legend=False, title=shade, fontsize={"title": "10pt"})
     return hv.Overlay(layers).collate().opts(**settings)
 
 # %% ../nbs/40_plots.ipynb #6019e5c0
@@ -595,7 +627,7 @@ def history_terms(
     nodes = [name for name in table if str(name).rpartition("_")[2].isdigit()]
     return table.drop(columns=nodes + [name for name in table if name in _SCHEDULES]), table[nodes]
 
-# %% ../nbs/40_plots.ipynb #dc121d99
+# %% ../nbs/40_plots.ipynb #280d37f8
 def history_view(
     history:pd.DataFrame, # one row an epoch: `epoch` and numeric columns
     height:int=320,       # [pixel]
@@ -611,7 +643,7 @@ def _history_panel(table, ylabel, height, logy):
     positive = table.where(table > 0) if logy else table
     curves = [hv.Curve((table.index, positive[name]), hv.Dimension("epoch", label="Epoch"), ylabel, label=str(name)).opts(
         backend="bokeh", color=CYCLE[i % len(CYCLE)], line_width=2, line_dash="solid" if i < len(CYCLE) else "dashed") for i, name in enumerate(table)]
-    settings = _LINE_TOOLS | dict(height=height, logy=logy, legend_position="top_right", legend_opts={"background_fill_alpha": 0.6}, tools=["pan", "wheel_zoom", "box_zoom", "hover"])
+    settings = _LINE_TOOLS | dict(height=height, logy=logy, legend_position="top_right", legend_opts={"background_fill_alpha": 0.6}, tools=["pan", "wheel_zoom", "box_zoom", "hover"], active_tools=["pan"])
     return hv.Overlay(curves).opts(**settings)
 
 # %% ../nbs/40_plots.ipynb #ed065cc9

@@ -4,32 +4,33 @@
 
 # %% auto #0
 __all__ = ['RunError', 'Run', 'open_run', 'simulate', 'wanted_grid', 'ingest', 'versions', 'train', 'encode', 'analyse',
-           'findings', 'write_pages', 'inspect_app', 'inspect', 'repeat', 'demo', 'summary', 'download']
+           'findings', 'write_pages', 'read_dropped', 'save_selection', 'inspect_app', 'inspect', 'repeat', 'demo',
+           'summary', 'download']
 
-# %% ../nbs/50_run.ipynb #1c5f492c
+# %% ../nbs/50_run.ipynb #9790949d
 import json, os, platform, shutil
 from functools import cached_property
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-import numpy as np
-import pandas as pd
-import xarray as xr
+import numpy as np, pandas as pd, xarray as xr
 from fastcore.basics import patch
 from . import archive as archive_door
 from .app import inspector, serve
 from .catalogue import join_labels, read_table
+from .compare import comparison
 from .depend import association, matrix_frame
 from .dims import informative_nodes
-from .encode import decoder
-from .encode import encode as encode_spectra
+from .encode import decoder, encode as encode_spectra
 from .eso import write_adp, write_s1d
-from .ingest import IngestReport, ingest as ingest_spectra
+from .fits import SpectrumError, parts_of, read_spectrum
+from .ingest import Grid, IngestReport, ingest as ingest_spectra, match_medium, onto_grid
 from .learner import fit_resumable, load_bundle, objective_settings, save_bundle, spectrum_learner
 from .loader import spectrum_dataloaders
 from .prep import PrepRecipe, split_by_object
 from .report import inspect_notebook, report_html
 from .simulate import FACTORS, sample_factors, sample_survey, simulate as simulate_spectra
-from .spectra import fingerprint, open_store, save_store
+from .spectra import fingerprint, make_spectra, open_store, save_store
 from .wave import linear_grid, log_grid
 
 # %% ../nbs/50_run.ipynb #403a1e9b
@@ -251,26 +252,69 @@ def write_pages(
     (opened.path / "report.html").write_text(page, encoding="utf-8")
     (opened.path / "inspect.ipynb").write_text(json.dumps(inspect_notebook(), indent=1), encoding="utf-8")
 
-# %% ../nbs/50_run.ipynb #2026ae16
+# %% ../nbs/50_run.ipynb #424b7b29
+def read_dropped(
+    name:str, # of the file; a caption, never opened
+    data:bytes, # its content
+    wavelength:xr.DataArray # (wavelength,) grid to bring it to, with medium and frame [Angstrom]
+) -> xr.Dataset: # one spectrum on the grid
+    "A spectrum from the bytes of a FITS file. Raises SpectrumError for what is none, or does not cover the grid."
+    ending = "gz" if data[:2] == b"\x1f\x8b" else "fits"
+    parts = parts_of(read_spectrum(f"dropped.{ending}", content=data))
+    grid = Grid(wavelength.values, wavelength.attrs["medium"], wavelength.attrs["frame"])
+    flux, ivar = onto_grid(match_medium(parts, grid, name), parts.flux, parts.ivar, grid.wavelength)
+    if not (ivar > 0).any(): raise SpectrumError(name, f"it has no usable pixel between {grid.wavelength[0]:.0f} and {grid.wavelength[-1]:.0f} Angstrom", "bring a spectrum of the range that the network was trained on")
+    known = {n: [v] for n, v in parts.coords.items() if isinstance(v, (int, float, str)) and n not in ("spectrum_id", "source_file")}
+    return make_spectra(flux[None], ivar[None], grid.wavelength, [name], medium=grid.medium, frame=grid.frame, coords=known)
+
+def save_selection(
+    run, # run folder, or an open run
+    ids # (n,) spectrum_id of the selection
+) -> str: # name of the store, in the folder `selections` of the run
+    "Write some spectra of a run's store as a store of their own; the name follows from the ids."
+    opened = open_run(run)
+    mark = sha256(json.dumps(sorted(map(str, ids))).encode()).hexdigest()[:10]
+    ds, name = open_store(opened.store), f"{len(ids)}-{mark}.zarr"
+    target = opened.path / "selections" / name
+    target.parent.mkdir(exist_ok=True)
+    if not target.exists(): save_store(ds.isel(spectrum=np.flatnonzero(np.isin(ds.spectrum_id.values.astype(str), np.asarray(ids, str)))), target)
+    return f"selections/{name}"
+
+# %% ../nbs/50_run.ipynb #c0d64c0f
+def _doors(opened, spectra):
+    "What the inspector may do with files."
+    if spectra is None: return {}
+    return dict(read_upload=lambda name, data: read_dropped(name, data, spectra.wavelength), encode=lambda ds: encode_spectra(opened.bundle, ds, progress=False),
+                save_subset=lambda ids: save_selection(opened, ids))
+
 def inspect_app(
-    run # run folder, or an open run
+    run, # run folder, or an open run
+    other=None # a second run to compare with
 ): # a Panel object
     "The latent inspector of a run."
     opened = open_run(run)
-    spectra = None if opened.store is None else open_store(opened.store)
-    return inspector(opened.latents, opened.association, opened.dimensions, opened.decode, spectra=spectra, wavelength=opened.bundle.wavelength,
-                     recipe=opened.bundle.recipe, history=opened.history, title=opened.path.resolve().name)
+    spectra, name = None if opened.store is None else open_store(opened.store), opened.path.resolve().name
+    tabs = {}
+    if other is not None:
+        second = open_run(other)
+        tabs["Compare"] = comparison(opened.latents, second.latents, dimensions=(opened.dimensions, second.dimensions), histories=(opened.history, second.history), names=(name, second.path.resolve().name))
+    return inspector(opened.latents, opened.association, opened.dimensions, opened.decode, spectra=spectra, wavelength=_bundle_grid(opened.bundle),
+                     recipe=opened.bundle.recipe, history=opened.history, title=name, tabs=tabs, **_doors(opened, spectra))
 
+def _bundle_grid(bundle): return xr.DataArray(bundle.wavelength, dims="wavelength", attrs=dict(units="Angstrom", medium=bundle.medium, frame=bundle.frame))
+
+# %% ../nbs/50_run.ipynb #7e5727c9
 def inspect(
     run, # run folder
     *,
+    other=None, # a second run folder, to compare with
     port:int=0, # of the server; 0: any free one
     show:bool=True # open a browser
 ):
     "Serve the inspector on localhost until interrupted."
     opened = open_run(run)
     for part in ("latents", "dimensions", "association", "decode"): getattr(opened, part) # a missing part is an error before the server starts
-    return serve(lambda: inspect_app(opened), port=port, show=show)
+    return serve(lambda: inspect_app(opened, other), port=port, show=show)
 
 # %% ../nbs/50_run.ipynb #72be075e
 def repeat(

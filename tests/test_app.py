@@ -10,7 +10,9 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from specnb import app
+from specnb import app, desk
+from specnb.eso import write_adp
+from specnb.session import shown_nodes
 
 PARTS = '''
 import numpy as np, pandas as pd, xarray as xr
@@ -33,7 +35,16 @@ def parts(n=60, n_pixels=800):
     pairs = xr.Dataset({k: (("latent", "label"), v) for k, v in columns.items()}, {"latent": np.arange(4), "label": ["radial_velocity", "teff"]})
     dims = xr.Dataset({"kl": ("latent", [2., 1.5, 1., 0.001]), "informative": ("latent", [True, True, True, False])}, {"latent": np.arange(4)})
     history = pd.DataFrame({"epoch": np.arange(5), "train_loss": 1 / (1. + np.arange(5)), "valid_loss": 1.1 / (1. + np.arange(5))})
-    return dict(latents=latents, association=pairs, dimensions=dims, decode=decode, spectra=spectra, history=history, title="three lines")
+    def read_upload(name, data):
+        from specnb.fits import parts_of, read_spectrum
+        from specnb.ingest import Grid, match_medium, onto_grid
+        parts, grid = parts_of(read_spectrum("dropped.fits", content=data)), Grid(wavelength, "air", "rest")
+        flux, ivar = onto_grid(parts.wavelength, parts.flux, parts.ivar, wavelength)
+        return make_spectra(flux[None], ivar[None], wavelength, [name], medium="air", frame="rest")
+    def encode(ds):
+        near = int(((spectra.flux.values - ds.flux.values / np.median(ds.flux.values) * np.median(spectra.flux.values))**2).sum(1).argmin())
+        return make_latents(z[near:near + 1], np.full((1, 4), 0.1), [1.], coords_from=ds)
+    return dict(latents=latents, association=pairs, dimensions=dims, decode=decode, spectra=spectra, history=history, title="three lines", read_upload=read_upload, encode=encode)
 '''
 exec(PARTS)
 
@@ -43,9 +54,10 @@ def test_parts_that_are_missing_leave_words_not_errors():
     for missing in ("association", "dimensions", "decode", "spectra", "history"):
         less = {name: value for name, value in everything.items() if name != missing}
         look = app.inspector(**less, **({"wavelength": everything["spectra"].wavelength} if missing == "spectra" else {}))
-        assert len(look.__panel__()[2][1]) == 5
+        assert len(look.__panel__()[2][1]) == 6
         look.choose("spec-003"), look.move(look.nodes[0], 0.5)
-        look.retrieval_view(look.nearest(3)), look.cell_view(), look.slider_view()
+        look.retrieval_view(look.nearest(3)), look.cell_view(), look.slider_view(), look.reading_view(True), look.verdict()
+        assert look.take("vot").read() and look.reopen(look.saved())
 
 
 def test_one_spectrum_alone():
@@ -53,7 +65,8 @@ def test_one_spectrum_alone():
     one["latents"], one["spectra"] = one["latents"].isel(spectrum=[0]), one["spectra"].isel(spectrum=[0])
     look = app.inspector(**one)
     look.move(look.nodes[0], 1.)
-    assert np.isfinite(look.frame()["moved"]).all() and look.__panel__() is not None
+    assert np.isfinite(look.moved()).all() and look.__panel__() is not None
+    assert "cannot be judged" in look.verdict()
 
 
 def test_nan_latents_are_passed_over_and_said():
@@ -71,7 +84,7 @@ def test_a_failing_decoder_is_a_message():
     less["decode"] = lambda z: np.ones((len(z), 800)) if np.abs(z).max() < 9 else np.ones(3)[z]
     look = app.inspector(**less)
     look.move(0, 50.)
-    assert np.isnan(look.frame()["moved"]).all() and "decoder failed" in look.message
+    assert np.isnan(look.moved()).all() and "decoder failed" in look.message
 
 
 def test_a_name_from_the_browser_is_text_and_never_a_path(tmp_path):
@@ -86,9 +99,95 @@ def test_a_name_from_the_browser_is_text_and_never_a_path(tmp_path):
 def test_export_is_the_selection():
     look = app.inspector(**parts())
     look.chosen = np.array([3, 5, 8])
-    table = pd.read_csv(look.export_csv())
+    table = pd.read_csv(look.take("csv"))
     assert table["spectrum_id"].tolist() == ["spec-003", "spec-005", "spec-008"]
     np.testing.assert_allclose(table["node_0"], look.mean[[3, 5, 8], 0], rtol=1e-6)
+    votable = pytest.importorskip("astropy.io.votable")
+    read = votable.parse_single_table(look.take("vot"), verify="exception").to_table()
+    assert list(read["spectrum_id"]) == ["spec-003", "spec-005", "spec-008"] and str(read["radial_velocity"].unit) == "km / s"
+    np.testing.assert_allclose(read["teff"], table["teff"])
+    scope = dict(latents=look.latents, np=np)
+    exec(look.take("py").read(), scope)
+    assert scope["selection"]["spectrum_id"].values.tolist() == ["spec-003", "spec-005", "spec-008"]
+
+
+def test_a_run_without_labels_says_what_to_do():
+    bare = parts()
+    bare["latents"] = bare["latents"].drop_vars(["radial_velocity", "teff"])
+    bare["association"] = None
+    look = app.inspector(**bare)
+    look.__panel__()
+    assert "No association table" in look.matrix_view().data[2] and "Click on a cell" in look.cell_view().data[2]
+    assert look.calibrations == {} and look.labels() == []
+    assert look.doppler().keys() <= set(look.nodes)
+
+
+def test_the_velocity_node_speaks_km_s_and_a_bent_one_does_not():
+    look = app.inspector(**parts())
+    assert list(look.calibrations) == [0]
+    velocity, width = desk.node_velocity(look.calibrations[0], 0.5)
+    assert abs(velocity - 30) < 5 and "km/s" in look.slider_name(0) and "km/s" not in look.slider_name(1)
+    bent = parts()
+    bent["latents"]["mean"][:, 0] = np.abs(bent["latents"]["mean"][:, 0])
+    assert app.inspector(**bent).calibrations == {}
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a" * 99, b"SIMPLE  =                    T" + b" " * 2850, bytes(range(256)) * 50, b"\x1f\x8b" + b"\0" * 99])
+def test_an_unreadable_dropped_file_is_a_message_and_changes_nothing(data):
+    look = app.inspector(**parts())
+    before = look.row, look.code.copy(), look.guest
+    assert not look.bring("/etc/passwd", data) and "cannot be shown" in look.message
+    assert (look.row, look.guest) == (before[0], before[2]) and np.array_equal(look.code, before[1])
+
+
+def test_a_dropped_spectrum_becomes_the_query(tmp_path):
+    everything = parts()
+    write_adp(everything["spectra"].isel(spectrum=[11]), tmp_path / "mine.fits")
+    look = app.inspector(**everything)
+    assert look.bring("mine.fits", (tmp_path / "mine.fits").read_bytes()), look.message
+    assert look.nearest(1)["spectrum_id"][0] == "spec-011"
+    assert "mine.fits" in look.verdict() and "mine.fits" in look._card()
+    look.retrieval_view(look.nearest(3)), look.reading_view(), look.slider_view(), look.map_view(0, 1)
+    assert look.choose("spec-002") and look.guest is None and np.array_equal(look.code, look.mean[2].astype(float))
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe", "[]", "{}", '{"specnb": 2}', '{"specnb": 1, "file": "/etc/passwd"}', '{"specnb": 1, "code": [1, 2]}', '{"specnb": 1, "code": [NaN, 0, 0, 0]}',
+                                  '{"specnb": 1, "spectrum": "../../x"}', '{"specnb": 1, "node": true}', '{"specnb": 1, "chosen": [["a"]]}', "[" * 100_000])
+def test_a_bad_saved_view_is_a_message_and_changes_nothing(text):
+    look = app.inspector(**parts())
+    before = look.saved()
+    assert not look.reopen(text) and look.message
+    assert look.saved() == before
+
+
+def test_selection_drives_matrix_neighbours_and_cloud():
+    look = app.inspector(**parts())
+    look.chosen = np.arange(0, 50, 2)
+    found = look.matrix_of("selection")
+    assert int(found["n"].max()) == 25
+    assert set(look.nearest(9, within=True)["spectrum_id"]) <= {f"spec-{i:03d}" for i in look.chosen}
+    plain, ringed = app.inspector(**parts()).cell_view(), look.cell_view()
+    assert len(ringed) == len(plain) + 1
+    given = look.matrix_of(given=("teff",))
+    assert list(given["label"].values) == ["radial_velocity"] and float(given["conditional_mi"].sel(latent=0)[0]) > 0.5 > abs(float(given["conditional_mi"].sel(latent=2)[0]))
+    nodes = look.matrix_of("nodes")
+    assert nodes["mi"].shape == (3, 3) and np.isnan(np.diag(nodes["mi"])).all()
+
+
+def test_a_map_without_umap_says_so(monkeypatch):
+    look = app.inspector(**parts())
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ImportError, match="pip install umap-learn"): look.embed("UMAP")
+    assert "pca_1" in look.latents.coords and np.isfinite(look.latents["pca_1"].values).all()
+
+
+def test_a_map_with_umap_keeps_neighbours():
+    pytest.importorskip("umap", reason="optional: pip install umap-learn")
+    rng = np.random.default_rng(0)
+    islands = np.repeat([[-9., 0, 0], [9., 0, 0]], 60, axis=0) + rng.normal(size=(120, 3))
+    place = desk.neighbour_map(islands, n_learn=100)
+    one, two = place[:60], place[60:]
+    assert np.linalg.norm(one.mean(0) - two.mean(0)) > 2 * max(one.std(), two.std())
 
 
 def test_a_slider_step_is_quick_on_the_server():
@@ -174,6 +273,22 @@ class Page:
         next(tab for tab in self.all(".bk-tab") if tab.text == name).click()
         return self
 
+    def choose(self, name, value):
+        from selenium.webdriver.support.select import Select
+        Select(self.select(name)).select_by_visible_text(value)
+
+    def type(self, key):
+        from selenium.webdriver.common.action_chains import ActionChains
+        ActionChains(self.window).send_keys(key).perform()
+        time.sleep(0.2)
+
+    def wheel(self, amount):
+        "Turn the wheel over the first plot with a wavelength axis."
+        from selenium.webdriver.common.action_chains import ActionChains
+        from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
+        x, y = self.place("Range1d", 5050, 0.8)
+        ActionChains(self.window).scroll_from_origin(ScrollOrigin.from_viewport(round(x), round(y)), 0, amount).perform()
+
     def click_at(self, x, y):
         from selenium.webdriver.common.actions.action_builder import ActionBuilder
         mouse = ActionBuilder(self.window)
@@ -189,7 +304,7 @@ class Page:
         mouse.perform()
 
     def place(self, kind, x, y): return self.wait(lambda: self.window.execute_script(PLACE, kind, x, y), f"a plot with {kind}")
-    def select(self, name): return next(group for group in self.all(".bk-input-group") if group.text.startswith(name)).find_element("css selector", "select")
+    def select(self, name): return next(group for group in self.all(".bk-input-group") if group.text.startswith(f"{name}\n")).find_element("css selector", "select")
 
     def complaints(self):
         return [entry["message"] for entry in self.window.get_log("browser") if entry["level"] == "SEVERE"]
@@ -251,10 +366,73 @@ def test_a_click_on_a_cell_asks_for_its_cloud(page):
 def test_every_statistic_is_drawn(page):
     page.tab("Matrices")
     page.place("FactorRange", "teff", "node 1")
-    for name in ("Pearson", "MI [nat]", "MI 0..1", "Spearman"):
+    for name in ("Pearson", "MI [nat]", "MI 0..1", "MI given …", "Spearman"):
         next(button for button in page.all("button, .bk-btn") if button.text == name).click()
         time.sleep(0.4)
         assert page.place("FactorRange", "teff", "node 1")
+
+
+def test_nodes_against_nodes_are_computed_while_the_page_lives(page):
+    page.tab("Matrices")
+    page.place("FactorRange", "teff", "node 1")
+    page.choose("Nodes against", "nodes")
+    names = "const out=[];for(const d of Bokeh.documents)for(const m of d._all_models.values())if(m.type=='FactorRange')out.push(...m.factors);return out"
+    page.wait(lambda: page.window.execute_script(names).count("node 2") >= 2, "columns that are nodes")
+    x, y = page.place("FactorRange", "node 2", "node 1")
+    time.sleep(0.5)
+    page.click_at(x, y)
+    page.wait(lambda: page.select("Label").get_attribute("value") == "node 2", "the other node as the label")
+
+
+def test_a_spectrum_is_read_in_the_frame_of_its_star(page):
+    page.tab("Spectrum")
+    page.wait(lambda: "named lines" in page.text(), "the controls")
+    page.wait(lambda: len(page.lines()) >= 3, "flux, reconstruction, residual")
+    before = page.lines()
+    page.wheel(-240)
+    page.wait(lambda: page.lines() != before, "a redraw after the zoom")
+    before = page.lines()
+    next(button for button in page.all("button, .bk-btn") if button.text.startswith("rest frame")).click()
+    page.wait(lambda: page.lines() != before, "the other frame")
+
+
+def test_a_dropped_file_is_read_and_a_broken_one_is_said(page, tmp_path):
+    exec(PARTS, space := {})
+    write_adp(space["parts"]()["spectra"].isel(spectrum=[11]), tmp_path / "mine.fits")
+    (tmp_path / "cat.fits").write_bytes(b"no spectrum at all")
+    door = page.wait(lambda: page.all("input[type=file][accept*=fits]"), "the door for files")[0]
+    door.send_keys(str(tmp_path / "mine.fits"))
+    page.wait(lambda: "a file of your own" in page.text(), "the guest")
+    page.tab("Neighbours")
+    row = page.wait(lambda: page.all(".tabulator-row"), "the table")[0]
+    assert row.find_element("css selector", "[tabulator-field=spectrum_id]").text == "spec-011"
+    next(button for button in page.all("button") if button.text.startswith("How strange")).click()
+    page.wait(lambda: "false-alarm rate" in page.text(), "the verdict")
+    door = page.all("input[type=file][accept*=fits]")[0]
+    door.send_keys(str(tmp_path / "cat.fits"))
+    page.wait(lambda: "'cat.fits' cannot be shown" in page.text(), "the message")
+    assert "a file of your own" in page.text()
+
+
+def test_keys_and_the_address_keep_the_place(page):
+    from selenium.webdriver import Keys
+    page.wait(lambda: page.all("canvas"), "the plots")
+    page.all("h2")[0].click()
+    for key in "nn": page.type(key)
+    page.wait(lambda: "of your own: spec-002 " in page.text(), "two further")
+    page.wait(lambda: "spectrum=spec-002" in page.window.current_url, "the address")
+    page.type("4")
+    page.wait(lambda: page.all(".tabulator-row"), "the fourth tab")
+    page.window.get(page.window.current_url)
+    page.wait(lambda: page.all(".bk-tab"), "the tabs")
+    page.wait(lambda: "spec-002 " in page.text(), "the same spectrum from the address")
+
+
+def test_a_dark_page_is_dark(page):
+    page.window.get(page.window.current_url.split("?")[0] + "?theme=dark")
+    page.wait(lambda: page.all("canvas"), "the plots")
+    color = page.window.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert sum(map(int, re.findall(r"\d+", color)[:3])) < 200, color
 
 
 def test_neighbours_lead_from_one_spectrum_to_the_next(page):
@@ -264,14 +442,14 @@ def test_neighbours_lead_from_one_spectrum_to_the_next(page):
     row.click()
     time.sleep(0.5)
     next(button for button in page.all("button") if button.text.startswith("Make the marked")).click()
-    page.wait(lambda: f"next ▶ {name} " in page.text(), f"{name} as the chosen spectrum")
+    page.wait(lambda: f"of your own: {name} " in page.text(), f"{name} as the chosen spectrum")
 
 
 def test_a_spectrum_is_found_by_its_name_and_a_wrong_one_is_said(page):
     from selenium.webdriver import Keys
     field = page.all("input[type=text]")[0]
     field.send_keys("spec-017" + Keys.ENTER)
-    page.wait(lambda: "next ▶ spec-017 " in page.text(), "the spectrum")
+    page.wait(lambda: "of your own: spec-017 " in page.text(), "the spectrum")
     field = page.all("input[type=text]")[0]
     field.clear()
     field.send_keys("nobody" + Keys.ENTER)
@@ -289,7 +467,7 @@ def test_a_lasso_on_the_map_selects(page):
     number = page.wait(counted, "a selection")[0]
     exec(PARTS, space := {})
     latents = space["parts"]()["latents"]
-    shown = app.shown_nodes(latents, space["parts"]()["dimensions"])[:2]
+    shown = shown_nodes(latents, space["parts"]()["dimensions"])[:2]
     expected = (np.abs(latents["mean"].values[:, shown]) <= 0.9).all(1).sum()
     assert abs(number - expected) <= 2, (number, expected)
 

@@ -93,7 +93,7 @@ def test_a_zoom_at_full_length_reaches_single_pixels_quickly(toy):
     np.testing.assert_allclose(np.diff(zoomed.dimension_values(0)), wavelength[1] - wavelength[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("statistic", list(plots.STATISTICS))
+@pytest.mark.parametrize("statistic", ["spearman", "pearson", "mi", "linfoot"])
 def test_matrices_agree_with_their_twins(toy, statistic):
     pairs, dims = toy[2], toy[3]
     table = plots.matrix_table(pairs, statistic, dims)
