@@ -131,7 +131,7 @@ def inspect(
     "Look at a run in the browser; the server listens on this machine only."
     _run_module().inspect(run, port=port, show=show)
 
-# %% ../nbs/51_cli.ipynb #3dd14d80
+# %% ../nbs/51_cli.ipynb #a95319f7
 def main(
     args:list=None # words after the program's name; None: those of the process
 ) -> int: # exit code: 0, 1 for an error that the user can mend, 130 for an interruption
@@ -140,6 +140,7 @@ def main(
     except KeyboardInterrupt: message, code = "interrupted; the same command goes on from here", 130
     except typer.Abort: message, code = "interrupted; the same command goes on from here", 130
     except (ValueError, OSError) as error: message, code = f"{error}", 1
+    except ModuleNotFoundError as error: message, code = f"{error}; the verbs need the extras, which `pip install 'specnb[all]'` brings", 1
     except Exception as error:
         if not hasattr(error, "format_message"): raise
         message, code = error.format_message(), error.exit_code

@@ -14,7 +14,6 @@ settings.read(ROOT / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
 BROUGHT = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}        # module -> what it is called where it is asked for
 INDIRECT = {"urllib3": "requests", "param": "panel", "IPython": "fastai", "pyviz_comms": "panel"}   # brought by what is asked for, and belongs to it
-OPTIONAL = {"pynndescent"}                                                   # used where it is installed, never needed
 
 
 def asked(name): return {re.split(r"[\[<>=!]", r)[0] for r in settings[name].split()}
@@ -24,7 +23,7 @@ def test_everything_imported_is_asked_for():
     known = asked("requirements") | asked("train_requirements") | asked("app_requirements") | asked("archive_requirements")
     unasked = {}
     for name, path in MODULES.items():
-        for top in {i.split(".")[0] for i in imports(tree_of(path))} - set(sys.stdlib_module_names) - OPTIONAL - {"specnb"}:
+        for top in {i.split(".")[0] for i in imports(tree_of(path))} - set(sys.stdlib_module_names) - {"specnb"}:
             if BROUGHT.get(top, top) not in known and INDIRECT.get(top) not in known: unasked.setdefault(top, []).append(name)
     assert not unasked
 
@@ -34,7 +33,7 @@ def test_the_ground_and_the_statistics_ask_for_no_extra():
     assert not core & {"torch", "fastai", "panel", "holoviews"}
     for name, path in MODULES.items():
         if NUMBER[name] // 10 not in (0, 3): continue
-        tops = {BROUGHT.get(t, t) for t in {i.split(".")[0] for i in imports(tree_of(path))} - set(sys.stdlib_module_names) - OPTIONAL - {"specnb"}}
+        tops = {BROUGHT.get(t, t) for t in {i.split(".")[0] for i in imports(tree_of(path))} - set(sys.stdlib_module_names) - {"specnb"}}
         if tops - core: wrong[name] = sorted(tops - core)
     assert not wrong
 
@@ -67,3 +66,21 @@ def test_wheel_and_archive_build_install_and_import():
     print(done.stdout)
     assert done.returncode == 0, (done.stderr or done.stdout)[-1500:]
     assert "No broken requirements" in done.stdout and "modules imported from the wheel" in done.stdout
+
+
+WITHOUT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "fastai", "holoviews", "panel", "pyvo"): raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+from specnb.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_without_the_extras_the_command_says_what_to_install():
+    asked = lambda *words: subprocess.run([sys.executable, "-c", WITHOUT, *words], capture_output=True, text=True, cwd=ROOT)
+    done = asked("train", "store.zarr", "run")
+    assert done.returncode == 1 and "pip install 'specnb[all]'" in done.stderr and "Traceback" not in done.stderr
+    assert asked("--version").returncode == 0 and "Train a network" in asked("train", "--help").stdout
