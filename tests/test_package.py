@@ -15,6 +15,8 @@ settings = settings["DEFAULT"]
 BROUGHT = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}        # module -> what it is called where it is asked for
 INDIRECT = {"urllib3": "requests", "param": "panel", "IPython": "fastai", "pyviz_comms": "panel"}   # brought by what is asked for, and belongs to it
 
+OPTIONAL = {"specutils"}                                                       # imported by the functions that turn to it by name, and by no other
+
 
 def asked(name): return {re.split(r"[\[<>=!]", r)[0] for r in settings[name].split()}
 
@@ -23,7 +25,7 @@ def test_everything_imported_is_asked_for():
     known = asked("requirements") | asked("train_requirements") | asked("app_requirements") | asked("archive_requirements")
     unasked = {}
     for name, path in MODULES.items():
-        for top in {i.split(".")[0] for i in imports(tree_of(path))} - set(sys.stdlib_module_names) - {"specnb"}:
+        for top in {i.split(".")[0] for i in imports(tree_of(path))} - set(sys.stdlib_module_names) - OPTIONAL - {"specnb"}:
             if BROUGHT.get(top, top) not in known and INDIRECT.get(top) not in known: unasked.setdefault(top, []).append(name)
     assert not unasked
 
@@ -33,7 +35,7 @@ def test_the_ground_and_the_statistics_ask_for_no_extra():
     assert not core & {"torch", "fastai", "panel", "holoviews"}
     for name, path in MODULES.items():
         if NUMBER[name] // 10 not in (0, 3): continue
-        tops = {BROUGHT.get(t, t) for t in {i.split(".")[0] for i in imports(tree_of(path))} - set(sys.stdlib_module_names) - {"specnb"}}
+        tops = {BROUGHT.get(t, t) for t in {i.split(".")[0] for i in imports(tree_of(path))} - set(sys.stdlib_module_names) - OPTIONAL - {"specnb"}}
         if tops - core: wrong[name] = sorted(tops - core)
     assert not wrong
 
