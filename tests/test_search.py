@@ -200,3 +200,29 @@ def test_large_survey_is_searched_in_bounded_time():
     assert perf_counter() - start < 5 and len(out) == 10
     d = ((z.astype(float) - z[7])**2).sum(1)
     np.testing.assert_array_equal(out.position, np.argsort(d)[1:11])
+
+
+def test_graph_equals_brute_force_with_copies_and_missing_codes():
+    "In few dimensions (a tree) and in many (all pairs); copies crowd each other out, incomplete codes have no neighbours."
+    rng = np.random.default_rng(4)
+    for nodes in (3, 12):
+        z = rng.normal(size=(150, nodes))
+        z[10:13] = z[9]                                                    # four copies of one code
+        z[40, 1] = np.nan
+        graph = S.neighbour_graph(z, 6, None)
+        complete = np.flatnonzero(np.isfinite(z).all(1))
+        truth = cdist(z[complete], z[complete])
+        np.fill_diagonal(truth, np.inf)
+        np.testing.assert_allclose(graph.distance.values[complete], np.sort(truth, axis=1)[:, :6], rtol=1e-5, atol=1e-6)
+        assert (graph.position.values[40] == -1).all() and np.isnan(graph.distance.values[40]).all() and not (graph.position.values == 40).any()
+        assert (graph.position.values[complete] != complete[:, None]).all()
+        assert graph.attrs["approximate"] == 0 and graph.attrs["recall"] == 1
+
+
+@pytest.mark.slow
+def test_approximate_graph_says_what_it_misses():
+    z = np.random.default_rng(5).normal(size=(4000, 16))
+    near, truth = S.neighbour_graph(z, 10, None, approximate=True, seed=1), S.neighbour_graph(z, 10, None)
+    found = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(near.position.values, truth.position.values)])
+    assert found > 0.9 and abs(found - near.attrs["recall"]) < 0.03       # the recall of 200 spectra stands for all
+    assert near.identical(S.neighbour_graph(z, 10, None, approximate=True, seed=1))
