@@ -97,7 +97,7 @@ def train(
     "Train a network on a store; the same command resumes after an interruption."
     typer.echo(_run_module().train(store, run, net=net, objective=objective, n_epoch=n_epoch, bs=bs, lr=lr, by=by, seed=seed, precision=precision, device=device))
 
-# %% ../nbs/51_cli.ipynb #04221dfd
+# %% ../nbs/51_cli.ipynb #f3053008
 @app.command()
 def encode(
     run:Annotated[Path, typer.Argument(help="Run folder.")],
@@ -114,12 +114,14 @@ def analyse(
     run:Annotated[Path, typer.Argument(help="Run folder.")],
     split:Annotated[str, typer.Option(help="Spectra to judge by: all, test, valid, train.")]="all",
     groups:Annotated[str, typer.Option(help="Exchangeable units of the null hypothesis: object, night, ...")]="object",
+    catalogue:Annotated[Optional[Path], typer.Option(help="Table of labels to join first; default: labels of the store, or what headers tell.")]=None,
+    on:Annotated[str, typer.Option(help="What the table is joined by: object, spectrum_id, position.")]="object",
     n_permutations:Annotated[int, typer.Option(help="Permutations of the null.")]=999,
     seed:Annotated[int, typer.Option(help="Of permutations and subsamples.")]=0,
 ):
     "Which nodes are informative, and which labels they follow; writes the tables and the report."
     module = _run_module()
-    typer.echo(module.summary(module.analyse(run, split=split, groups=groups, n_permutations=n_permutations, seed=seed)))
+    typer.echo(module.summary(module.analyse(run, split=split, groups=groups, catalogue=catalogue, on=on, n_permutations=n_permutations, seed=seed)))
 
 # %% ../nbs/51_cli.ipynb #67fb1622
 @app.command()

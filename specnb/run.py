@@ -199,7 +199,14 @@ def encode(
     latents = latents.assign_coords(split=("spectrum", np.asarray(side)))
     return save_store(latents, opened.path / "latents.zarr" if out is None else out, overwrite=True)
 
-# %% ../nbs/50_run.ipynb #74f68e8e
+# %% ../nbs/50_run.ipynb #f7466e9d
+def _header_labels(latents):
+    "None where there are labels or factors; otherwise the numbers from headers that vary."
+    if any(c.attrs.get("role") in ("label", "factor") for c in latents.coords.values()): return None
+    told = [n for n in ("airmass", "berv", "snr", "exptime") if n in latents.coords and np.isfinite(latents[n]).sum() > 2 and np.nanstd(latents[n]) > 0]
+    if not told: raise RunError("nothing to compare the nodes with: give a table, catalogue='stars.csv' (--catalogue stars.csv), or join one to the store with specnb.catalogue.join_labels")
+    return told
+
 def _choose(latents, split):
     "Rows of the wished split; RunError if there is none."
     if split == "all": return latents
@@ -207,20 +214,23 @@ def _choose(latents, split):
     if not chosen.sizes["spectrum"]: raise RunError(f"no spectrum belongs to split {split!r}; there are {', '.join(np.unique(latents['split']))}: choose one of them, or 'all'")
     return chosen
 
+# %% ../nbs/50_run.ipynb #1c05048d
 def analyse(
     run, # run folder
     *,
     split:str="all", # "all", "test", "valid" or "train"
     groups:str="object", # exchangeable units of the null hypothesis: "object", "night", ...
-    labels=None, # names of coordinates; None: all labels and factors
+    labels=None, # names of coordinates; None: all labels and factors, and where there are none, what the headers tell
+    catalogue=None, on:str="object", # table of labels to join to the latents first, and by what; see `join_labels`
     n_permutations:int=999, # of the null
     seed:int=0 # of permutations and subsamples
 ) -> Run: # the run, with its tables written
     "Judge nodes and their relation to labels; writes dimensions.csv, association.csv, report.html and inspect.ipynb."
     opened = open_run(run)
+    if catalogue is not None: save_store(join_labels(opened.latents, catalogue, on=on, overwrite=True), opened.path / "latents.zarr", overwrite=True); opened = open_run(run)
     latents = _choose(opened.latents, split)
     judged = informative_nodes(latents, groups=groups, decode=opened.decode, seed=seed)
-    related = association(latents, labels, groups=groups, n_permutations=n_permutations, seed=seed)
+    related = association(latents, _header_labels(latents) if labels is None else labels, groups=groups, n_permutations=n_permutations, seed=seed)
     judged.to_dataframe().to_csv(opened.path / "dimensions.csv")
     matrix_frame(related).to_csv(opened.path / "association.csv", index=False)
     write_pages(opened.path, judged, related, split)
@@ -382,7 +392,7 @@ def demo(
     step(6, "done"); print(summary(opened))
     return opened
 
-# %% ../nbs/50_run.ipynb #a720c14c
+# %% ../nbs/50_run.ipynb #606f46bf
 def summary(
     opened:Run # a finished run
 ) -> str: # text
@@ -394,7 +404,7 @@ def summary(
     for r in found.itertuples():
         mark = "*" if r.q < 0.05 else " "
         text.append(f"  {r.label:<16} node {r.node:<3} |Spearman| {abs(r.spearman):.3f}   MI {r.mi:5.2f} nat   q {r.q:.3f} {mark}")
-    text.append("  (* significant at a false discovery rate of 5 %, stars permuted; held-out stars only)")
+    text.append("  (* significant at a false discovery rate of 5 % over the table)")
     text.append(f"Read {opened.path / 'report.html'}, open {opened.path / 'inspect.ipynb'} in JupyterLab, or run: specnb inspect {opened.path}")
     return "\n".join(text)
 
