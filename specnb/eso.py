@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['ESO_CARDS', 'READERS', 'exposure_name', 'fibre_of', 'exposure_of', 'eso_identifier', 'order_snr', 'eso_coordinates',
-           'doubt', 'is_phase3', 'phase3_parts', 'read_phase3', 'is_s1d', 's1d_parts', 'read_s1d', 'drs_kind',
-           'refuse_drs', 'is_eso_image', 'eso_image_parts', 'spectrum_header', 'write_adp', 'write_s1d']
+           'doubt', 'read_ccf', 'companion_velocity', 'is_phase3', 'phase3_parts', 'read_phase3', 'is_s1d', 's1d_parts',
+           'read_s1d', 'drs_kind', 'refuse_drs', 'is_eso_image', 'eso_image_parts', 'spectrum_header', 'write_adp',
+           'write_s1d']
 
-# %% ../nbs/11_eso.ipynb #1e0f36af
+# %% ../nbs/11_eso.ipynb #2584e393
 import os, re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import xarray as xr
 from astropy.io import fits
 from astropy.time import Time
 
-from .fits import (NotASpectrum, Reader, first_card, frame_of, SpectrumParts, header_coordinates, image_parts, is_table, keys_starting, medium_of, parts_of,
+from .fits import (MissingField, NotASpectrum, Reader, first_card, frame_of, SpectrumParts, header_coordinates, image_parts, is_table, keys_starting, load_bytes, medium_of, parse_fits, parts_of,
                          spectrum_stem, table_parts, to_number)
 
 # %% ../nbs/11_eso.ipynb #dfca3029
@@ -105,10 +107,43 @@ def doubt(
         notes.append(f"fibre B: {kinds[1] if len(kinds) > 1 else 'not the object'}")
     return "; ".join(notes)
 
-# %% ../nbs/11_eso.ipynb #976cadbb
+# %% ../nbs/11_eso.ipynb #bee8a841
+def read_ccf(
+    path:str|Path, # a `*_ccf_*` or `*_bis_*` product of the DRS
+) -> dict: # exposure, rv_ccf [km/s], rv_ccf_error [km/s], rv_ccf_mask
+    "Radial velocity from a cross-correlation product. Raises MissingField, and SpectrumError for what is not FITS."
+    hdus = parse_fits(path, load_bytes(path))
+    header = hdus[0].header if hdus else {}
+    velocity = to_number(first_card([header], ["ESO DRS CCF RVC", "ESO DRS CCF RV"]))
+    if not any(k in header for k in ("ESO DRS CCF RVC", "ESO DRS CCF RV")): raise MissingField(path, "the header has no ESO DRS CCF RV", "give a _ccf_ product of the HARPS DRS")
+    error = to_number(first_card([header], ["ESO DRS CCF NOISE"]))
+    return dict(exposure=exposure_of(path, [header]), rv_ccf=velocity if abs(velocity) < 3e4 else np.nan, rv_ccf_error=error if 0 < error < 3e4 else np.nan,
+                rv_ccf_mask=str(first_card([header], ["ESO DRS CCF MASK"]) or ""))
+
+# %% ../nbs/11_eso.ipynb #9c9f9b81
+@lru_cache(maxsize=8)
+def _companions(folder, changed):
+    "{exposure: file} of the cross-correlation products in a folder; `changed` is its time of change."
+    names = sorted((n for n in os.listdir(folder) if "_ccf_" in n), reverse=True)
+    return {exposure_name(n) + ("_B" if fibre_of(n) == "B" else ""): n for n in names if exposure_name(n)}
+
+def companion_velocity(
+    path:str|Path, # a spectrum
+    exposure:str,  # the exposure it was made from
+) -> dict: # rv_ccf, rv_ccf_error [km/s], rv_ccf_mask; empty without a usable companion
+    "Radial velocity from the cross-correlation product beside a spectrum."
+    folder = os.path.dirname(os.path.abspath(path))
+    try: beside = _companions(folder, os.stat(folder).st_mtime_ns).get(exposure) if exposure else None
+    except OSError: return {}
+    try: found = read_ccf(os.path.join(folder, beside)) if beside else {}
+    except (ValueError, OSError): return {}
+    return {k: v for k, v in found.items() if k != "exposure"} if np.isfinite(found.get("rv_ccf", np.nan)) else {}
+
+# %% ../nbs/11_eso.ipynb #ddb15025
 def _finish(path, headers, parts):
-    flag = doubt(path, headers, parts)
-    return replace(parts, coords=parts.coords | dict(flag=flag)) if flag else parts
+    more = dict(flag=flag) if (flag := doubt(path, headers, parts)) else {}
+    if parts.coords["instrument"] == "HARPS": more |= companion_velocity(path, parts.coords["exposure"])
+    return replace(parts, coords=parts.coords | more) if more else parts
 
 # %% ../nbs/11_eso.ipynb #d78ea70d
 def _headers(hdus): return [h.header for h in hdus]

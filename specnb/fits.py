@@ -307,7 +307,7 @@ def pixel_ivar(
     if not good.any() or 0 < np.median((np.abs(flux)*np.sqrt(estimate))[good]) < 1e5: return estimate, "estimated"
     return good*(1000/np.median(np.abs(flux[good])))**2, "assumed"
 
-# %% ../nbs/10_fits.ipynb #c9635233
+# %% ../nbs/10_fits.ipynb #c8085ed2
 CARDS = dict(
     object=("OBJECT", "OBJNAME", "TARGET"), instrument=("INSTRUME",), program=("PROG_ID", "ESO OBS PROG ID", "PROGID"),
     mjd_obs=("MJD-OBS", "MJD_OBS"), exptime=("EXPTIME", "TEXPTIME"), airmass=("AIRMASS",), berv=("BERV", "VHELIO"),
@@ -315,7 +315,8 @@ CARDS = dict(
 _TEXT = ("object", "instrument", "program")
 COORD_ATTRS = dict(
     mjd_obs=dict(units="d", long_name="start of the exposure (MJD)"), exptime=dict(units="s"), airmass=dict(units="1"),
-    berv=dict(units="km/s", long_name="barycentric correction"), snr=dict(units="1"), ra=dict(units="deg"), dec=dict(units="deg"))
+    berv=dict(units="km/s", long_name="barycentric correction"), rv_ccf=dict(units="km/s", role="label", long_name="radial velocity from the pipeline's cross-correlation"),
+    rv_ccf_error=dict(units="km/s", long_name="photon noise of rv_ccf"), rv_ccf_mask=dict(long_name="mask of the cross-correlation"), snr=dict(units="1"), ra=dict(units="deg"), dec=dict(units="deg"))
 
 # %% ../nbs/10_fits.ipynb #9e1f51ec
 def to_number(
@@ -464,12 +465,12 @@ def assemble(path, wavelength, flux, coords, **kwargs) -> xr.Dataset: # contract
     "One spectrum as a Dataset, from the arguments of `assemble_parts`. Raises BadWavelength, NoUsablePixels."
     return assemble_parts(path, wavelength, flux, coords, **kwargs).to_dataset()
 
-# %% ../nbs/10_fits.ipynb #f1bbe2ee
+# %% ../nbs/10_fits.ipynb #447a2ac3
 def spectrum_stem(
     path:str|Path, # file
 ) -> str: # its base name without .fits, .fit, .gz
     "Name of a spectrum from its file, where no header gives a better one."
-    return re.sub(r"(\.(fits?|fz|csv|txt|dat))?(\.gz)?$", "", os.path.basename(path), flags=re.I)
+    return re.sub(r"(\.(fits?|fz|csv|tsv|ecsv|txt|dat|asc|vot|votable|xml))?(\.gz)?$", "", os.path.basename(path), flags=re.I)
 
 # %% ../nbs/10_fits.ipynb #71d3aefd
 WAVE_NAMES = ("WAVELENGTH_AIR", "WAVE_AIR", "WAVE", "WAVELENGTH", "LAMBDA", "LAM", "WL", "WAVE_VAC", "WAVELENGTH_VAC", "LOGLAM", "LOGLAMBDA", "LOG_LAMBDA")
@@ -620,7 +621,7 @@ def named_rows_parts(
     return assemble_parts(path, wave, rows["flux"], coords, medium=medium_of([header]), frame=frame_of([header]), ivar=rows["inverse"],
                           quality=rows.get("andmask"), guesses=[*guesses, guess])
 
-# %% ../nbs/10_fits.ipynb #9bc68e69
+# %% ../nbs/10_fits.ipynb #76c10217
 @dataclass(frozen=True)
 class Reader:
     "How one kind of file is recognised and read."
@@ -628,6 +629,7 @@ class Reader:
     identify: Callable # (path, hdus) -> bool; hdus is None for what is not FITS
     read: Callable # (path, hdus) -> Dataset or SpectrumParts of one spectrum
     priority: int = 0 # higher is asked first
+    takes: str = "hdus" # what both get beside the path; "content": the uncompressed bytes of a file that is not FITS
 
 def _has_table(path, hdus): return hdus is not None and any(map(is_table, hdus))
 
@@ -635,8 +637,8 @@ def _is_fits(path, hdus): return hdus is not None
 
 READERS = (Reader("named-rows", _has_named_rows, named_rows_parts, 20), Reader("table", _has_table, table_parts, 1), Reader("image", _is_fits, image_parts, 0))
 
-# %% ../nbs/10_fits.ipynb #3c6c3fa0
-BUILT_IN = ("specnb.eso:READERS",)
+# %% ../nbs/10_fits.ipynb #2a65b8ae
+BUILT_IN = ("specnb.eso:READERS", "specnb.tables:READERS")
 _registered: dict = {}
 
 def readers() -> list: # of Reader, in the order in which they are asked
@@ -670,15 +672,17 @@ def unregister_reader(
     if name not in _registered: raise KeyError(f"no registered reader {name!r}; there are {sorted(_registered)}")
     del _registered[name]
 
-# %% ../nbs/10_fits.ipynb #3f149981
-def _hdus_for(reader, hdus):
-    "HDUs as a reader may expect them: a user's own gets astropy's."
+# %% ../nbs/10_fits.ipynb #0cf98979
+def _view_for(reader, hdus, content):
+    "HDUs as a reader may expect them (a user's own gets astropy's), or the bytes."
+    if reader.takes == "content": return content
     return hdus.full if isinstance(hdus, QuickHDUs) and _registered.get(reader.name) is reader else hdus
 
-def _match(path, hdus):
+def _match(path, hdus, content=b""):
     "The reader that claims the file."
     for reader in readers():
-        try: claimed = reader.identify(path, _hdus_for(reader, hdus))
+        if reader.takes == "content" and hdus is not None: continue
+        try: claimed = reader.identify(path, _view_for(reader, hdus, content))
         except (Unusual, SpectrumError): raise
         except Exception as exc:
             raise IdentifierError(path, f"identify of the reader {reader.name!r} failed with {type(exc).__name__}: {exc}", "repair or unregister that reader") from exc
@@ -693,10 +697,10 @@ def identify(
 ) -> str: # name of the reader
     "Name of the reader that claims a file. Raises SpectrumError and its kinds."
     content = load_bytes(path, content)
-    try: return _match(path, scan_fits(path, content)).name
-    except Unusual: return _match(path, parse_fits(path, content)).name
+    try: return _match(path, scan_fits(path, content), content).name
+    except Unusual: return _match(path, parse_fits(path, content), content).name
 
-# %% ../nbs/10_fits.ipynb #1034f692
+# %% ../nbs/10_fits.ipynb #947915e0
 def _stated(parts, key, value, allowed):
     "Replace what the reader found or guessed by what the user states."
     if value is None: return parts
@@ -704,24 +708,24 @@ def _stated(parts, key, value, allowed):
     notes = [n for n in parts.coords.get("guess", "").split("; ") if not n.startswith(f"guess: {key}")]
     return replace(parts, coords=parts.coords | dict(guess="; ".join(notes)), attrs=parts.attrs | {f"{key}_origin": "stated by the user"}, **{key: value})
 
-def _read_with(path, hdus):
+def _read_with(path, hdus, content=b""):
     "Dataset or parts from the reader that claims the file."
-    reader = _match(path, hdus)
+    reader = _match(path, hdus, content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AstropyWarning)
-        try: found = reader.read(path, _hdus_for(reader, hdus))
+        try: found = reader.read(path, _view_for(reader, hdus, content))
         except (Unusual, SpectrumError): raise
         except Exception as exc: raise ReaderError(path, f"the reader {reader.name!r} failed with {type(exc).__name__}: {exc}", "if other programs read the file, report it") from exc
     if isinstance(found, SpectrumParts): return replace(found, coords=found.coords | dict(reader=reader.name))
     try: return validate(found).assign_coords(reader=("spectrum", [reader.name]))
     except ValueError as exc: raise ReaderError(path, f"the reader {reader.name!r} failed with {type(exc).__name__}: {exc}", "mend what the reader returns") from exc
 
-# %% ../nbs/10_fits.ipynb #9272ee35
+# %% ../nbs/10_fits.ipynb #e3b583fc
 def _read_any(path, content):
     "Dataset or parts of one file; by the quick look, or by astropy where that declines."
     content = load_bytes(path, content)
-    try: return _read_with(path, scan_fits(path, content))
-    except Unusual: return _read_with(path, parse_fits(path, content))
+    try: return _read_with(path, scan_fits(path, content), content)
+    except Unusual: return _read_with(path, parse_fits(path, content), content)
 
 def parts_of(
     ds:xr.Dataset, # one spectrum

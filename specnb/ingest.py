@@ -225,9 +225,7 @@ def checksum(
     whole = content.size//8*8
     return f"{int(_xxh64(content[:whole].view('<u8'), content[whole:])):016x}"
 
-# %% ../nbs/12_ingest.ipynb #5677c192
-_IVAR_UNIT = 1024. # of a packed inverse variance, so that signal-to-noise ratios up to 8,000 a pixel have a place
-
+# %% ../nbs/12_ingest.ipynb #ffb39136
 def pack(
     flux:np.ndarray, # (wavelength,) float32
     ivar:np.ndarray, # (wavelength,) float32
@@ -235,9 +233,9 @@ def pack(
     "One spectrum in half the bytes."
     usable = ivar > 0
     middle = float(np.median(np.abs(flux[usable]))) if usable.any() else 1.
-    scale = 2.**np.round(np.log2(middle)) if 0 < middle < np.inf else 1.
+    scale = 2.**np.round(np.log2(middle/32)) if 0 < middle < np.inf else 1.
     usable &= np.abs(flux) <= 65504*scale
-    weight = np.clip(ivar*scale**2/_IVAR_UNIT, 2.**-24, 65504)
+    weight = np.clip(ivar*scale**2, 2.**-24, 65504)
     return np.where(usable, flux/scale, 0).astype(np.float16), np.where(usable, weight, 0).astype(np.float16), float(scale)
 
 # %% ../nbs/12_ingest.ipynb #abb98eba
@@ -404,7 +402,7 @@ def read_chunk(
     flux, ivar = (np.fromfile(_chunk_path(store, v, k), dtype).reshape(chunk_rows, -1)[:n_rows] for v in ("flux", "ivar"))
     return list(zip(flux, ivar))
 
-# %% ../nbs/12_ingest.ipynb #a268cc72
+# %% ../nbs/12_ingest.ipynb #fe7bcb3e
 def _columns(manifest):
     "Coordinate columns of all rows, read from the manifest."
     columns, n, group = {}, 0, []
@@ -423,19 +421,18 @@ def _template(manifest):
     "Dataset with all coordinates and, in place of the pixels, lazy zeros that are never written."
     grid, columns = manifest.grid, _columns(manifest)
     origins = set(columns["ivar_origin"])
-    blank = dask.array.zeros((manifest.n_rows, grid.wavelength.size), chunks=(manifest.chunk_rows, -1), dtype=np.float32)
-    attrs = dict(flux=dict(long_name="flux in units of flux_scale") if manifest.packed else {}, ivar=dict(origin=origins.pop() if len(origins) == 1 else "mixed, see ivar_origin"))
+    blank = dask.array.zeros((manifest.n_rows, grid.wavelength.size), chunks=(manifest.chunk_rows, -1), dtype=np.float16 if manifest.packed else np.float32)
+    attrs = dict(flux=dict(long_name="flux over flux_scale") if manifest.packed else {}, ivar=dict(origin=origins.pop() if len(origins) == 1 else "mixed, see ivar_origin"))
     coords = {n: ("spectrum", v, dict(sorted(manifest.attrs.get(n, {}).items()))) for n, v in columns.items()}
     coords["wavelength"] = ("wavelength", grid.wavelength, dict(units="Angstrom", medium=grid.medium, frame=grid.frame))
     return xr.Dataset({n: (("spectrum", "wavelength"), blank, a) for n, a in attrs.items()}, coords, dict(grid_origin=grid.origin, made_by="specnb.ingest"))
 
-# %% ../nbs/12_ingest.ipynb #f8cd8b73
+# %% ../nbs/12_ingest.ipynb #a3dd70a2
 _COLUMN_ROWS = 8192
 
 def _encoding(manifest, template):
     "How xarray stores the pixels and the columns."
-    packed = {"flux": dict(dtype="float16", scale_factor=1.), "ivar": dict(dtype="float16", scale_factor=_IVAR_UNIT)} if manifest.packed else {}
-    pixels = {n: dict(chunks=(manifest.chunk_rows, template.sizes["wavelength"]), compressors=None, filters=None) | packed.get(n, {}) for n in ("flux", "ivar")}
+    pixels = {n: dict(chunks=(manifest.chunk_rows, template.sizes["wavelength"]), compressors=None, filters=None) for n in ("flux", "ivar")}
     return pixels | {n: dict(chunks=(_COLUMN_ROWS,)) for n, c in template.coords.items() if c.dims == ("spectrum",)}
 
 # %% ../nbs/12_ingest.ipynb #31b4b9dc
@@ -544,7 +541,7 @@ def add(self:_Writer, result):
     if len(self.rows) == self.manifest.chunk_rows: self.flush()
     return True
 
-# %% ../nbs/12_ingest.ipynb #b7347ddf
+# %% ../nbs/12_ingest.ipynb #0115466b
 @patch
 def settle(self:_Writer):
     "Wait for the background, and raise what went wrong there."
@@ -572,6 +569,7 @@ def _store(self:_Writer, rows, records):
     chunk = [dict(kind="chunk", k=k, **write_chunk(self.store, k, rows, self.manifest.chunk_rows))] if n_new else []
     self.manifest.commit([*records, *chunk])
 
+# %% ../nbs/12_ingest.ipynb #67e90872
 @patch
 def close(self:_Writer):
     "Everything to disk."

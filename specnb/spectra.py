@@ -173,7 +173,7 @@ def _rows_for(ds, chunk_rows):
     "Rows of a chunk: as asked, or about 16 MB of float32."
     return chunk_rows or int(np.clip(4_000_000 // ds.sizes.get("wavelength", 1), 1, 4096))
 
-# %% ../nbs/01_spectra.ipynb #1c7dd9fc
+# %% ../nbs/01_spectra.ipynb #fa8dfbd6
 def open_store(
     path # folder of the Zarr store
 ) -> xr.Dataset: # pixels lazy (dask), coordinates loaded
@@ -183,6 +183,7 @@ def open_store(
     try: ds = xr.open_zarr(path, consolidated=False)
     except Exception as e: raise ContractError(f"{path} cannot be read as a Zarr store ({e}): restore it or write it again") from e
     coords = {n: c.load() for n, c in ds.coords.items()}
+    ds = ds.assign({n: v.astype("float32") for n, v in ds.data_vars.items() if v.dtype == np.float16}) # a packed store
     ds = ds.assign_coords({n: c.copy(data=_as_text(c.values)) if c.dtype.kind in "OT" else c for n, c in coords.items()})
     try: return validate_latents(ds) if "latent" in ds.dims else validate(ds)
     except ContractError as e: raise ContractError(f"{path}: {e}") from e
