@@ -6,9 +6,9 @@
 __all__ = ['ready_rows', 'RawStore', 'raw_store', 'RecipePlan', 'SpectrumRows', 'EmptyRows', 'epoch_groups', 'SpectrumLoader',
            'split_rows', 'spectrum_dataloaders']
 
-# %% ../nbs/20_loader.ipynb #94944a26
-import json
-from collections import deque
+# %% ../nbs/20_loader.ipynb #d0544aea
+import json, mmap, os, threading
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,7 +41,13 @@ def ready_rows(
     valid = np.isfinite(flux) & np.isfinite(ivar) & (ivar > 0)
     return np.where(valid, flux, np.float32(0)), np.where(valid, ivar, np.float32(0))
 
-# %% ../nbs/20_loader.ipynb #b3314bd8
+# %% ../nbs/20_loader.ipynb #bb8761b7
+def _map_budget():
+    "Bytes of chunks that may stay mapped."
+    try: import resource
+    except ImportError: return 4e9
+    return 4e9 if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY else 0
+
 class RawStore:
     "Rows of a store whose chunks are plain arrays of bytes."
     def __init__(self,
@@ -53,16 +59,30 @@ class RawStore:
             self.chunk_rows, self.n_pixels = about["chunk_grid"]["configuration"]["chunk_shape"]
             self.dtype, codecs = np.dtype(about["data_type"]).newbyteorder("<"), [(c["name"], c.get("configuration", {}).get("endian", "little")) for c in about["codecs"]]
             if codecs != [("bytes", "little")] or about["shape"][1] != self.n_pixels or self.dtype.kind != "f" or {"scale_factor", "add_offset"} & set(about["attributes"]): raise ValueError(f"{name} of {self.path.name} is not stored as plain rows")
+        self._maps, self._lock, self._budget = OrderedDict(), threading.Lock(), _map_budget()
 
-    def read(self, name, row, first, out):
-        "Pixels from `first` on of one row of `flux` or `ivar` into out (pixel,) float32."
-        k, within = divmod(int(row), self.chunk_rows)
-        raw = out if self.dtype == np.float32 else np.empty(out.size, self.dtype)
-        with open(self.path/name/"c"/str(k)/"0", "rb", buffering=0) as f:
-            f.seek((within*self.n_pixels + first)*self.dtype.itemsize)
-            n = f.readinto(memoryview(raw).cast("B"))
-        if n != raw.nbytes: raise OSError(f"{self.path.name}: chunk {k} of {name} ends too early; specnb.ingest.verify_store tells what is damaged")
-        if raw is not out: torch.from_numpy(out).copy_(torch.from_numpy(raw))
+    def __getstate__(self): return dict(path=self.path)
+    def __setstate__(self, state): self.__init__(state["path"])
+
+# %% ../nbs/20_loader.ipynb #5e8b5941
+@patch
+def _mapped(self:RawStore, name, k):
+    "One chunk as it lies in the system's cache, (row, wavelength) of the store's type."
+    with self._lock:
+        if (name, k) in self._maps: self._maps.move_to_end((name, k)); return self._maps[name, k]
+        path, n = self.path/name/"c"/str(k)/"0", self.chunk_rows*self.n_pixels
+        with open(path, "rb") as f:
+            if os.fstat(f.fileno()).st_size < n*self.dtype.itemsize: raise OSError(f"{self.path.name}: chunk {k} of {name} ends too early; specnb.ingest.verify_store tells what is damaged")
+            chunk = np.frombuffer(mmap.mmap(f.fileno(), n*self.dtype.itemsize, access=mmap.ACCESS_READ), self.dtype).reshape(self.chunk_rows, self.n_pixels)
+        self._maps[name, k] = chunk
+        while self._maps and sum(m.nbytes for m in self._maps.values()) > self._budget: self._maps.popitem(last=False)
+        return chunk
+
+@patch
+def plane(self:RawStore, name, row, first, size):
+    "Pixels of one row of `flux` or `ivar`, (size,) of the store's type; not writable."
+    k, within = divmod(int(row), self.chunk_rows)
+    return self._mapped(name, k)[within, first:first + size]
 
 # %% ../nbs/20_loader.ipynb #eecbd027
 def raw_store(
@@ -101,12 +121,12 @@ class RecipePlan:
         median = np.nanmedian(usable) if usable.size else np.float32(np.nan)
         return median if median > 0 and (self.recipe.min_median is None or median >= self.recipe.min_median) else np.float32(np.nan)
 
-# %% ../nbs/20_loader.ipynb #caf67ecf
-@njit(cache=True, nogil=True)
-def _finish(flux, ivar, keep, divisor):
-    "Divide and blank in place."
+# %% ../nbs/20_loader.ipynb #a043cfb8
+@njit(cache=True, nogil=True, error_model="numpy")
+def _finish(stored_flux, stored_ivar, keep, divisor, flux, ivar):
+    "Divide and blank on the way from the store to the batch."
     for k in range(flux.size):
-        f, w = flux[k]/divisor, ivar[k]*(divisor*divisor)
+        f, w = stored_flux[k]/divisor, stored_ivar[k]*(divisor*divisor)
         good = keep[k] & (w > 0) & (w < np.inf) & (abs(f) < np.inf)
         flux[k], ivar[k] = f if good else np.float32(0), w if good else np.float32(0)
 
@@ -137,7 +157,7 @@ class SpectrumRows:
     def _read(self, rows): return ready_rows(self.ds.isel(spectrum=rows), self.recipe)
     def new_empty(self): return EmptyRows(self)
 
-# %% ../nbs/20_loader.ipynb #f64063f8
+# %% ../nbs/20_loader.ipynb #95b29d6b
 @patch
 def take(self:SpectrumRows,
     positions:np.ndarray, # (row,) positions within the split, in any order
@@ -150,6 +170,17 @@ def take(self:SpectrumRows,
     return tuple(values[back] for values in self._read(self.rows[positions[order]]))
 
 @patch
+def _fill_row(self:SpectrumRows, position, flux, ivar):
+    "One row, prepared, into flux and ivar (pixel,)."
+    plan = self.plan
+    stored = [self.raw.plane(name, self.rows[position], plan.first, flux.size) for name in ("flux", "ivar")]
+    if self.raw.dtype != np.float32: stored = [torch.from_numpy(p.copy()).float().numpy() for p in stored]
+    for values in stored: values.flags.writeable = False # one type to compile for
+    if self.divisors[position] == -1: self.divisors[position] = plan.divisor(*stored)
+    _finish(*stored, plan.keep, self.divisors[position], flux, ivar)
+
+# %% ../nbs/20_loader.ipynb #585125f1
+@patch
 def _read_raw(self:SpectrumRows, positions, out=None):
     "Rows from the files, prepared; into out (2, row, pixel) float32 where given."
     out = np.empty((2, len(positions), self.n_pixels), np.float32) if out is None else out
@@ -157,10 +188,7 @@ def _read_raw(self:SpectrumRows, positions, out=None):
     for k, position in enumerate(positions):
         flux, ivar = out[0, k], out[1, k]
         for values in (flux, ivar): values[:place.start], values[place.stop:] = 0, 0
-        flux, ivar = flux[place], ivar[place]
-        for name, values in (("flux", flux), ("ivar", ivar)): self.raw.read(name, self.rows[position], self.plan.first, values)
-        if self.divisors[position] == -1: self.divisors[position] = self.plan.divisor(flux, ivar)
-        _finish(flux, ivar, self.plan.keep, self.divisors[position])
+        self._fill_row(position, flux[place], ivar[place])
     return out[0], out[1]
 
 # %% ../nbs/20_loader.ipynb #337306bf

@@ -289,6 +289,7 @@ import numpy as np
 from specnb.loader import SpectrumLoader, SpectrumRows
 from specnb.prep import PrepRecipe
 from specnb.spectra import open_store
+resource.setrlimit(resource.RLIMIT_AS, (1 << 46, resource.getrlimit(resource.RLIMIT_AS)[1])) # an address space with an end
 ds = open_store(sys.argv[1])
 data = SpectrumRows(ds, np.arange(ds.sizes["spectrum"]), PrepRecipe(), memory_limit=0)
 loader = SpectrumLoader(data, bs=8, shuffle=True)
