@@ -4,6 +4,7 @@
 this, but not the checkout: what is missing from the wheel is missing here.
 """
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -61,6 +62,7 @@ def check_contents(wheel, archive):
     assert wanted <= packed, f"not in the archive: {sorted(wanted - packed)}"
     words = "\n".join(zipfile.ZipFile(wheel).read(n).decode() for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA"))
     for extra in ("train", "app", "archive", "cluster", "all", "dev"): assert f"Provides-Extra: {extra}" in words, f"no extra {extra}"
+    for extra in ("train", "all", "dev"): assert re.search(rf"Requires-Dist: torch.*extra == ['\"]{extra}['\"]", words), f"extra {extra} does not bring torch"
     assert not [line for line in words.splitlines() if line.startswith("Requires-Dist: torch") and "extra ==" not in line], "torch is asked of everybody"
 
 

@@ -55,7 +55,7 @@ class Run:
     @cached_property
     def history(self) -> pd.DataFrame: return pd.read_csv(self._need("history.csv", "train"))
 
-# %% ../nbs/50_run.ipynb #90454b0a
+# %% ../nbs/50_run.ipynb #5008ad33
 @patch(as_prop=True)
 def dimensions(self:Run) -> xr.Dataset: # (latent,)
     "Which nodes are informative, by several criteria."
@@ -66,7 +66,7 @@ def association(self:Run) -> xr.Dataset: # (latent, label)
     "How every node is related to every label."
     frame = pd.read_csv(self._need("association.csv", "analyse"), keep_default_na=True)
     text = [n for n in ("flag",) if n in frame]
-    return frame.fillna({n: "" for n in text}).set_index(["latent", "label"]).to_xarray()
+    return frame.astype(dict.fromkeys(text, object)).fillna(dict.fromkeys(text, "")).set_index(["latent", "label"]).to_xarray()
 
 @patch(as_prop=True)
 def store(self:Run): # folder of the training spectra, or None if it has moved

@@ -165,3 +165,22 @@ def test_inspect_listens_on_this_machine_only(made):
         server.send_signal(signal.SIGINT)
         server.wait(30)
         server.stdout.close()
+
+
+def test_a_catalogue_joins_at_the_analysis_and_headers_stand_in_for_labels(made, tmp_path, capsys):
+    "From a shell alone: nodes against the columns of a table, or against headers; the error says what to give."
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    latents = open_store(run / "latents.zarr").load()
+    bare = latents.drop_vars([*latents.spec.labels, *latents.spec.factors, "berv", "exptime"], errors="ignore")
+    headers = bare.assign_coords(airmass=("spectrum", latents.airmass.values))
+    stars = np.unique(latents.object)
+    pd.DataFrame({"star": [s.replace(" ", "") for s in stars], "colour": np.linspace(0.4, 1.2, len(stars))}).to_csv(tmp_path / "stars.csv", index=False)
+    words = ["analyse", str(run), "--n-permutations", "19"]
+    save_store(bare, run / "latents.zarr", overwrite=True)
+    assert main(words) == 1 and "--catalogue" in capsys.readouterr().err
+    save_store(headers, run / "latents.zarr", overwrite=True)
+    assert main(words) == 0 and set(pd.read_csv(run / "association.csv").label) == {"airmass"}
+    assert main([*words, "--catalogue", str(tmp_path / "stars.csv")]) == 0 and set(pd.read_csv(run / "association.csv").label) == {"colour"}
+    assert open_run(run).latents.colour.attrs["role"] == "label"
+    assert main([*words, "--catalogue", str(tmp_path / "none.csv")]) == 1 and "none.csv" in capsys.readouterr().err
