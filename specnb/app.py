@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT', 'Inspector', 'Keys', 'inspector', 'serve']
 
-# %% ../nbs/41_app.ipynb #cf5cede3
+# %% ../nbs/41_app.ipynb #b030383b
 import asyncio
 import ipaddress
 import socket
@@ -25,7 +25,7 @@ from .desk import (
     calibrate_velocity, default_lines, lines_in_sight, neighbour_map, node_velocity, notebook_cell, principal_map, read_lines, read_state,
     row_at, rows_inside, selection_table, votable, write_state)
 from .plots import (
-    CRITERIA, PALETTE, STATISTICS, correlation_matrix, dimensions_view, empty_view, history_view, information_matrix,
+    CRITERIA, DRAWING, PALETTE, STATISTICS, correlation_matrix, dimensions_view, empty_view, history_view, information_matrix,
     latent_scatter, masked_spans, neighbour_view, node_name, reduce_line, scatter_table, trace_panel)
 from .session import PERCENTS, Session
 from .wave import doppler_factor
@@ -342,7 +342,7 @@ def matrix_view(
         self._tap.add_subscriber(lambda x, y: self.ask(x, y) if isinstance(y, str) else None)
     return view
 
-# %% ../nbs/41_app.ipynb #53b73643
+# %% ../nbs/41_app.ipynb #b21faeb3
 @patch
 def cell_view(
     self:Inspector,
@@ -354,7 +354,8 @@ def cell_view(
     view = latent_scatter(self.latents, x, self.node, trend=True, height=460)
     if not isinstance(view, (hv.Overlay, hv.DynamicMap)) or not len(self.chosen): return view
     places = scatter_table(self.latents, x, self.node).set_index("row")
-    return view * self._rings(places, self.chosen, size=7, line_color=PALETTE["reconstruction"], line_width=1.2)
+    return (view * self._rings(places, self.chosen, size=7, line_color=PALETTE["reconstruction"], line_width=1.2)).opts(
+        backend="bokeh", height=460, responsive=True, backend_opts=DRAWING, show_legend=False)
 
 # %% ../nbs/41_app.ipynb #c35e8dac
 @patch
@@ -409,7 +410,7 @@ def take(
     table = selection_table(self.latents, rows, self.nodes)
     return BytesIO(votable(table) if kind == "vot" else table.to_csv(index=False).encode())
 
-# %% ../nbs/41_app.ipynb #9fae10b6
+# %% ../nbs/41_app.ipynb #bbf594bd
 @patch
 def map_view(
     self:Inspector,
@@ -429,7 +430,7 @@ def map_view(
     lasso.add_subscriber(lambda geometry: self._select(table, geometry))
     tap.add_subscriber(lambda x, y: self.choose(self.ids()[row_at(table, x, y)]) if x is not None and y is not None else None)
     return (latent_scatter(self.latents, x, y, color, height=560) * rings * mark).opts(
-        backend="bokeh", tools=["pan", "wheel_zoom", "box_zoom"], active_tools=["lasso_select", "wheel_zoom"], default_tools=["save", "reset"], height=560, responsive=True, show_legend=False)
+        backend="bokeh", tools=["pan", "wheel_zoom", "box_zoom"], active_tools=["lasso_select", "wheel_zoom"], backend_opts=DRAWING, default_tools=["save", "reset"], height=560, responsive=True, show_legend=False)
 
 @patch
 def _select(self:Inspector, table, outline):

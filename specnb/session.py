@@ -87,6 +87,13 @@ def shown_nodes(
     order = [place for place in np.argsort(-width, kind="stable") if width[place] >= 0]
     return [int(names[place]) for place in order[:n_most]]
 
+# %% ../nbs/40_session.ipynb #4a4f4594
+@patch
+def _keep(self:Session, name, key, make):
+    "The value of `make()`, kept until the key changes."
+    if self._kept.get(name, (None,))[0] != key: self._kept[name] = key, make()
+    return self._kept[name][1]
+
 # %% ../nbs/40_session.ipynb #e0b3353d
 @patch
 def choose(
@@ -141,7 +148,7 @@ def move(
     code[self.places[node]] = value
     self.param.update(code=code, node=node)
 
-# %% ../nbs/40_session.ipynb #7250d2d8
+# %% ../nbs/40_session.ipynb #2bc51567
 @patch
 def observed(
     self:Session,
@@ -150,8 +157,9 @@ def observed(
     "A spectrum as the network saw it, found in the store by its id; None if there is none."
     if row is None and self.guest is not None: return self.guest["spectrum"]
     if self.spectra is None: return None
+    if row is None: return self._keep("observed", self.row, lambda: self.observed(self.row))
     if "rows" not in self._kept: self._kept["rows"] = {str(name): i for i, name in enumerate(self.spectra["spectrum_id"].values)}
-    place = self._kept["rows"].get(self.ids()[self.row if row is None else row])
+    place = self._kept["rows"].get(self.ids()[row])
     if place is None: return None
     return self.ready(self.spectra.isel(spectrum=[place]))
 
@@ -174,13 +182,7 @@ def decoded(
     except Exception as error: self.message = f"The decoder failed: {type(error).__name__}: {error}"
     return np.full((len(codes), len(self.wavelength)), np.nan)
 
-# %% ../nbs/40_session.ipynb #ebda2877
-@patch
-def _keep(self:Session, name, key, make):
-    "The value of `make()`, kept until the key changes."
-    if self._kept.get(name, (None,))[0] != key: self._kept[name] = key, make()
-    return self._kept[name][1]
-
+# %% ../nbs/40_session.ipynb #4d9e2d52
 @patch
 def rebuilt(
     self:Session,

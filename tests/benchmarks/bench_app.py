@@ -53,7 +53,7 @@ const before = sources(), start = performance.now();
 eval(act);
 const same=(a,b)=>a.length==b.length&&a.every((x,i)=>x===b[i]);
 const look=()=>{const now=sources();let fresh=false;for(const [id,data] of now)if(!before.has(id)||!same(before.get(id),data))fresh=true;
-  if(fresh)requestAnimationFrame(()=>requestAnimationFrame(()=>done(performance.now()-start)));else if(performance.now()-start>seconds*1000)done(-1);else requestAnimationFrame(look)};
+  if(fresh){const arrived=performance.now()-start;requestAnimationFrame(()=>requestAnimationFrame(()=>done([performance.now()-start,arrived])))}else if(performance.now()-start>seconds*1000)done([-1,-1]);else requestAnimationFrame(look)};
 look()"""
 KEY = "find('.noUi-handle')[0].dispatchEvent(new KeyboardEvent('keydown',{key:'%s',bubbles:true,cancelable:true}))"
 # one turn of the wheel over the middle of the plot, as a hand makes it
@@ -84,7 +84,7 @@ def tab(window, name):
 
 
 def measure(window, kind, actions, pause=1.5):
-    "Milliseconds of each action; the first, which compiles and warms up, is left out."
+    "Milliseconds of each action, to the screen and to the arrival of the data; the first, which compiles and warms up, is left out."
     took = []
     for act in actions:
         took.append(window.execute_async_script(WAIT, kind, act, 20))
@@ -93,9 +93,10 @@ def measure(window, kind, actions, pause=1.5):
 
 
 def report(name, took, bar):
-    took = [value for value in took if value >= 0]
-    middle = np.median(took) if took else np.nan
-    print(f"{name:<58} {middle:6.0f} ms   (smallest {min(took, default=np.nan):.0f}, largest {max(took, default=np.nan):.0f}, n {len(took)})   bar {bar} ms   load {os.getloadavg()[0]:.1f}", flush=True)
+    lost = sum(painted < 0 for painted, _ in took)
+    painted, arrived = np.array([pair for pair in took if pair[0] >= 0] or [(np.nan, np.nan)]).T
+    print(f"{name:<56} {np.median(painted):6.0f} ms   (data arrived {np.median(arrived):.0f}; smallest {painted.min():.0f}, largest {painted.max():.0f}, n {len(painted)}"
+          f"{f', {lost} without an answer' if lost else ''})   bar {bar} ms   load {os.getloadavg()[0]:.1f}", flush=True)
 
 
 def memory(pid):
