@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'find_files', 'shuffled', 'StoreError', 'Grid', 'choose_grid', 'match_medium', 'fill_jumps', 'onto_grid',
            'checksum', 'pack', 'read_row', 'try_row', 'Manifest', 'new_manifest', 'write_chunk', 'read_chunk',
-           'publish', 'duplicate_of', 'rows_in_order', 'check_store', 'verify_store', 'open_manifest', 'probe_grid',
-           'create_manifest', 'IngestReport', 'refusal_table', 'usual_workers', 'ingest']
+           'publish', 'duplicate_of', 'rows_in_order', 'check_store', 'verify_store', 'repair_after_power_loss',
+           'open_manifest', 'probe_grid', 'create_manifest', 'IngestReport', 'refusal_table', 'usual_workers', 'ingest']
 
 # %% ../nbs/12_ingest.ipynb #79e8781c
 import base64, contextlib, hashlib, json, multiprocessing, os, pickle, shutil, signal, threading, warnings, zlib
@@ -287,7 +287,7 @@ def try_row(
     except OSError as exc: return out | dict(reason=f"cannot be read ({exc.strerror or exc})", mend="check permissions and the disk", kind=type(exc).__name__)
     except Exception as exc: return out | dict(reason=f"{type(exc).__name__}: {exc}", mend="report it together with the file", kind=type(exc).__name__)
 
-# %% ../nbs/12_ingest.ipynb #1aaf8445
+# %% ../nbs/12_ingest.ipynb #8fc57830
 def _pack(wavelength): return base64.b64encode(zlib.compress(np.asarray(wavelength, "<f8").tobytes(), 1)).decode()
 
 def _unpack(text): return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<f8").astype(float)
@@ -302,20 +302,26 @@ def _write_atomically(path, *contents, size=None, durable=True):
         if durable: os.fsync(f.fileno())
     os.replace(part, path)
 
+@lru_cache(maxsize=1)
+def _boot():
+    "What the system calls the time since it was started, \"\" where it does not say."
+    try: return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError: return ""
+
 @lru_cache(maxsize=2)
 def _grid_of(manifest, key):
     "Grid from the first line of a manifest; cached by its key, since every worker needs it for every file."
     with open(manifest, "rb") as f: first = json.loads(f.readline())
     return Grid(_unpack(first["wavelength"]), first["medium"], first["frame"], first["origin"])
 
-# %% ../nbs/12_ingest.ipynb #a5029315
+# %% ../nbs/12_ingest.ipynb #2428d290
 class Manifest:
     "What a store holds and what was refused; append-only, committed in groups."
     def __init__(self,
         path:str|Path, # of the manifest
     ):
         self.path, self.n_rows, self.chunk_rows, self._end = Path(path), 0, 0, 0
-        self.files, self.refused, self.ids, self.exposures, self.sums, self.attrs, self.chunks, self.packed = {}, {}, {}, {}, {}, {}, {}, False
+        self.files, self.refused, self.ids, self.exposures, self.sums, self.attrs, self.chunks, self.boots, self.packed = {}, {}, {}, {}, {}, {}, {}, {}, False
         content, end, group = self.path.read_bytes(), 0, []
         for line in content.splitlines(keepends=True):
             if not line.endswith(b"\n"): break
@@ -331,13 +337,16 @@ class Manifest:
     @property
     def grid(self) -> Grid: return _grid_of(str(self.path), self.key)
 
-# %% ../nbs/12_ingest.ipynb #5e2e82a2
+# %% ../nbs/12_ingest.ipynb #b05490a9
 @patch
 def _apply(self:Manifest, record):
     "Take one record into account."
     kind, file = record["kind"], record.get("file")
     if kind == "grid": self.chunk_rows, self.key, self.packed = record["chunk_rows"], record["key"], record.get("packed", False)
-    if kind == "chunk": self.chunks[record["k"]] = {v: record[v] for v in ("flux", "ivar")}
+    if kind == "chunk":
+        self.chunks[record["k"]] = {v: record[v] for v in ("flux", "ivar")}
+        self.boots[record["k"]] = record["boot"]
+    if kind == "verified": self.boots = {}
     if kind == "attrs": self.attrs[record["name"]] = record["attrs"]
     if kind in ("row", "refused"):
         self.files[file] = (record["size"], record["mtime"])
@@ -348,15 +357,20 @@ def _apply(self:Manifest, record):
         self.ids[record["coords"]["spectrum_id"]] = self.sums[record["sum"]] = file
         if record["coords"].get("exposure"): self.exposures[record["coords"]["exposure"]] = file
 
+# %% ../nbs/12_ingest.ipynb #97169a38
 @patch
 def commit(self:Manifest,
     records:list, # of dict
 ) -> None:
-    "Append records and their commit in one durable write."
+    "Append records and their commit in one write."
     lines = "".join(json.dumps(r, sort_keys=True) + "\n" for r in [*records, dict(kind="commit")])
-    with open(self.path, "ab") as f:
-        f.write(lines.encode()); f.flush(); os.fsync(f.fileno())
+    with open(self.path, "ab") as f: f.write(lines.encode())
     for record in records: self._apply(record)
+
+@patch
+def sync(self:Manifest) -> None:
+    "Wait until what was appended is on the disk."
+    with open(self.path, "ab") as f: os.fsync(f.fileno())
 
 # %% ../nbs/12_ingest.ipynb #b40cc389
 def new_manifest(
@@ -373,7 +387,7 @@ def new_manifest(
     _write_atomically(Path(path), "".join(json.dumps(r, sort_keys=True) + "\n" for r in (first, dict(kind="commit"))).encode())
     return Manifest(path)
 
-# %% ../nbs/12_ingest.ipynb #6186104f
+# %% ../nbs/12_ingest.ipynb #a36071f9
 def _chunk_path(store, variable, k): return Path(store)/variable/"c"/str(k)/"0"
 
 def write_chunk(
@@ -387,7 +401,7 @@ def write_chunk(
     for v, variable in enumerate(("flux", "ivar")):
         path = _chunk_path(store, variable, k)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, *(row[v].astype(row[v].dtype.newbyteorder("<"), copy=False) for row in rows), size=chunk_rows*rows[0][v].nbytes)
+        _write_atomically(path, durable=False, *(row[v].astype(row[v].dtype.newbyteorder("<"), copy=False) for row in rows), size=chunk_rows*rows[0][v].nbytes)
         sums[variable] = checksum("".join(checksum(row[v]) for row in rows).encode())
     return sums
 
@@ -541,7 +555,7 @@ def add(self:_Writer, result):
     if len(self.rows) == self.manifest.chunk_rows: self.flush()
     return True
 
-# %% ../nbs/12_ingest.ipynb #0115466b
+# %% ../nbs/12_ingest.ipynb #b36011a3
 @patch
 def settle(self:_Writer):
     "Wait for the background, and raise what went wrong there."
@@ -566,14 +580,14 @@ def _store(self:_Writer, rows, records):
     "Write the rows, then commit the records."
     n_new = sum(r["kind"] == "row" for r in records)
     k = (self.manifest.n_rows + n_new - 1)//self.manifest.chunk_rows
-    chunk = [dict(kind="chunk", k=k, **write_chunk(self.store, k, rows, self.manifest.chunk_rows))] if n_new else []
+    chunk = [dict(kind="chunk", k=k, boot=_boot(), **write_chunk(self.store, k, rows, self.manifest.chunk_rows))] if n_new else []
     self.manifest.commit([*records, *chunk])
 
-# %% ../nbs/12_ingest.ipynb #67e90872
+# %% ../nbs/12_ingest.ipynb #28029102
 @patch
 def close(self:_Writer):
     "Everything to disk."
-    try: self.flush(); self.settle()
+    try: self.flush(); self.settle(); self.manifest.sync()
     finally: self.pool.shutdown()
 
 # %% ../nbs/12_ingest.ipynb #2d38a860
@@ -624,20 +638,52 @@ def check_store(
             if not path.exists() or path.stat().st_size != size:
                 raise StoreError(f"{Path(store).name}: chunk {k} is missing or damaged though {manifest.path.name} lists it; restore it, or pass overwrite=True to begin anew")
 
-# %% ../nbs/12_ingest.ipynb #adbb81e9
+# %% ../nbs/12_ingest.ipynb #eb920915
+def _damaged(store, manifest, chunks):
+    "Those of some chunks that are missing or whose bytes are not those that were written, as (chunk, \"flux\" or \"ivar\")."
+    damaged, dtype = [], "<f2" if manifest.packed else "<f4"
+    size = np.dtype(dtype).itemsize*manifest.chunk_rows*manifest.grid.wavelength.size
+    for k in sorted(chunks):
+        n, files = min(manifest.chunk_rows, manifest.n_rows - k*manifest.chunk_rows), [_chunk_path(store, v, k) for v in ("flux", "ivar")]
+        if gone := [(k, f.parts[-4]) for f in files if not f.exists() or f.stat().st_size != size]: damaged += gone; continue
+        for v, rows in zip(("flux", "ivar"), zip(*read_chunk(store, k, n, manifest.chunk_rows, dtype))):
+            if checksum("".join(map(checksum, rows)).encode()) != manifest.chunks[k][v]: damaged.append((k, v))
+    return damaged
+
 def verify_store(
     store:str|Path, # the store
 ) -> list: # of (chunk, "flux" or "ivar") whose bytes are not those that were written; empty is good
-    "Read every chunk and compare it with its checksum in the manifest. Raises StoreError for a chunk that is missing."
-    manifest, damaged = Manifest(_beside(store, ".manifest.jsonl")), []
-    check_store(store, manifest)
-    for k, sums in sorted(manifest.chunks.items()):
-        n = min(manifest.chunk_rows, manifest.n_rows - k*manifest.chunk_rows)
-        for v, rows in zip(("flux", "ivar"), zip(*read_chunk(store, k, n, manifest.chunk_rows, "<f2" if manifest.packed else "<f4"))):
-            if checksum("".join(map(checksum, rows)).encode()) != sums[v]: damaged.append((k, v))
-    return damaged
+    "Read every chunk and compare it with its checksum in the manifest."
+    manifest = Manifest(_beside(store, ".manifest.jsonl"))
+    return _damaged(store, manifest, manifest.chunks)
 
-# %% ../nbs/12_ingest.ipynb #c29efb01
+# %% ../nbs/12_ingest.ipynb #bc407829
+def _forget_from(manifest, k):
+    "The manifest as it was before chunk k was first written."
+    kept, group = [], []
+    for line in manifest.path.read_bytes().splitlines(keepends=True):
+        group.append(line)
+        record = json.loads(line)
+        if record["kind"] == "chunk" and record["k"] >= k: break
+        if record["kind"] == "commit": kept, group = kept + group, []
+    _write_atomically(manifest.path, *kept)
+    return Manifest(manifest.path)
+
+def repair_after_power_loss(
+    store:str|Path, # the store
+    manifest:Manifest, # its manifest
+) -> Manifest: # without the rows that did not reach the disk
+    "Check the chunks written before the machine was last started; forget from the first damaged one on."
+    doubtful = [k for k, boot in manifest.boots.items() if boot != _boot() or not boot]
+    if not doubtful: return manifest
+    damaged = _damaged(store, manifest, doubtful)
+    if damaged:
+        manifest = _forget_from(manifest, damaged[0][0])
+        publish(store, manifest) if manifest.n_rows else shutil.rmtree(store, ignore_errors=True)
+    if not damaged or manifest.n_rows: manifest.commit([dict(kind="verified")])
+    return manifest
+
+# %% ../nbs/12_ingest.ipynb #0d69f675
 def open_manifest(
     store:str|Path, # the store, existing or not
     wavelength=None, # (wavelength,) the grid asked for [Angstrom], or None
@@ -655,6 +701,7 @@ def open_manifest(
     manifest = Manifest(path)
     if not manifest.grid.same_as(wanted := _requested(wavelength, manifest.grid)):
         raise StoreError(f"{store.name}: has another grid ({manifest.grid}) than was asked for ({wanted}); leave wavelength out, or choose another store")
+    manifest = repair_after_power_loss(store, manifest)
     check_store(store, manifest)
     return manifest
 

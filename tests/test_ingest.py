@@ -1,4 +1,5 @@
 """Many files to one store: killed at random moments, interrupted, repeated, extended, fed with rubbish, and run on the real folders."""
+import errno
 import hashlib
 import os
 import shutil
@@ -17,7 +18,7 @@ from astropy.io import fits
 
 from specnb.eso import write_adp, write_s1d
 from specnb.fits import register_reader, unregister_reader
-from specnb.ingest import Grid, Manifest, StoreError, find_files, fill_jumps, ingest, onto_grid, shuffled
+from specnb.ingest import Grid, Manifest, StoreError, checksum, find_files, fill_jumps, ingest, onto_grid, pack, read_row, shuffled, verify_store
 from specnb.spectra import make_spectra, open_store, save_store, validate
 from specnb.wave import linear_grid, log_grid, resample
 
@@ -261,6 +262,102 @@ def test_ctrl_c_publishes_what_is_there_and_the_same_call_resumes(night, tmp_pat
     assert 5 <= partial.sizes["spectrum"] < 30
     report = ingest(night, tmp_path / "n.zarr", progress=False)
     assert report.n_read == 30 - partial.sizes["spectrum"] and report.n_rows == 30
+
+
+@pytest.mark.parametrize("full_at, part", [(1, 0.), (3, .5), (5, .99)])
+def test_full_disk_is_said_and_the_same_call_goes_on(night, tmp_path, monkeypatch, full_at, part):
+    "The write of a chunk stops in the middle, in the background thread: nothing is half there, and with room again the bytes are the same."
+    import specnb.ingest as module
+    ingest(night, tmp_path / "a" / "n.zarr", chunk_rows=5, progress=False)
+    real, count = module._write_atomically, [0]
+    def full(path, *contents, **kwargs):
+        if path.name == "0" and path.parts[-4] in ("flux", "ivar"):
+            count[0] += 1
+            if count[0] >= full_at:
+                path.with_name(path.name + ".part").write_bytes(bytes(int(part * 1000)))
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *contents, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_atomically", full)
+        with pytest.raises(OSError, match="No space left"): ingest(night, tmp_path / "b" / "n.zarr", chunk_rows=5, progress=False)
+    manifest = Manifest(tmp_path / "b" / "n.manifest.jsonl")
+    assert manifest.n_rows == 5 * ((full_at - 1) // 2)
+    if manifest.n_rows: assert validate(open_store(tmp_path / "b" / "n.zarr")).sizes["spectrum"] == manifest.n_rows and verify_store(tmp_path / "b" / "n.zarr") == []
+    report = ingest(night, tmp_path / "b" / "n.zarr", chunk_rows=5, progress=False)
+    assert report.n_rows == 30 and digest(tmp_path / "a" / "n.zarr") == digest(tmp_path / "b" / "n.zarr")
+
+
+@pytest.mark.parametrize("damage", ["zeros", "short", "missing", "none"])
+@pytest.mark.parametrize("chunk", [0, 2, 5])
+def test_power_loss_is_repaired_from_the_files(night, tmp_path, monkeypatch, damage, chunk):
+    "The machine was started anew, and a chunk had not reached the disk: it and what came after it are read again."
+    import specnb.ingest as module
+    ingest(night, tmp_path / "n.zarr", chunk_rows=5, progress=False)
+    before, path = digest(tmp_path / "n.zarr"), tmp_path / "n.zarr" / "ivar" / "c" / str(chunk) / "0"
+    content = path.read_bytes()
+    if damage == "zeros": path.write_bytes(content[:4000] + bytes(len(content) - 4000))
+    if damage == "short": path.write_bytes(content[:4000])
+    if damage == "missing": path.unlink()
+    monkeypatch.setattr(module, "_boot", lambda: "another boot")
+    report = ingest(night, tmp_path / "n.zarr", progress=False)
+    assert report.n_rows == 30 and report.n_read == (0 if damage == "none" else 30 - 5 * chunk) and digest(tmp_path / "n.zarr") == before
+    assert verify_store(tmp_path / "n.zarr") == []
+    marks = (tmp_path / "n.manifest.jsonl").read_bytes()
+    assert ingest(night, tmp_path / "n.zarr", progress=False).n_read == 0
+    if chunk or damage == "none": assert b"verified" in marks and marks == (tmp_path / "n.manifest.jsonl").read_bytes()
+
+
+def test_damage_is_found_where_it_is(night, tmp_path):
+    ingest(night, tmp_path / "n.zarr", chunk_rows=7, progress=False)
+    assert verify_store(tmp_path / "n.zarr") == []
+    for k, variable, at in ((1, "flux", 0), (4, "ivar", 3000)):
+        with open(tmp_path / "n.zarr" / variable / "c" / str(k) / "0", "r+b") as f:
+            f.seek(at); old = f.read(1); f.seek(at); f.write(bytes([old[0] ^ 1]))
+    assert verify_store(tmp_path / "n.zarr") == [(1, "flux"), (4, "ivar")]
+
+
+def test_checksum_of_any_length_is_that_of_the_reference():
+    "Published values of XXH64 with seed 0: every length of the tail, and more than one stripe of 32 bytes."
+    reference = {b"": "ef46db3751d8e999", b"a": "d24ec4f1a98c6e5b", b"as": "1c330fb2d66be179", b"asd": "631c37ce72a97393", b"asdf": "415872f599cea71e",
+                 b"Call me Ishmael. Some years ago--never mind how long precisely-": "02a2e85470d6fd96"}
+    assert {text: checksum(text) for text in reference} == reference
+    values = {checksum(bytes(range(n))) for n in range(200)} | {checksum(np.arange(40, dtype="f4"))}
+    assert len(values) == 201
+    for n in (7, 31, 32, 33, 100):
+        text = bytearray(range(n))
+        text[n // 2] ^= 4
+        assert checksum(bytes(text)) != checksum(bytes(range(n)))
+
+
+# ---- packed
+
+@pytest.mark.parametrize("scale", [1e-19, 1e-3, 1., 3e6, 1e20])
+def test_packing_loses_what_it_says(scale, rng):
+    flux = (scale * rng.normal(100, 2, 20_000)).astype("f4")
+    ivar = np.where(rng.random(20_000) < .1, 0, 1 / (2 * scale)**2)
+    if not np.isfinite(ivar.astype("f4")).all() or (ivar[ivar > 0].astype("f4") == 0).any(): flux, ivar, scale = (flux / scale).astype("f4"), ivar * scale**2, 1.
+    ivar = ivar.astype("f4")
+    flux[ivar == 0] = 0
+    flux[77], ivar[77] = 3000 * 100 * scale, ivar.max()
+    small, weight, unit = pack(flux, ivar)
+    usable = weight > 0
+    assert small.dtype == weight.dtype == np.float16 and not usable[77] and (usable == (ivar > 0))[np.arange(20_000) != 77].all() and np.log2(unit) % 1 == 0
+    assert np.abs(small[usable].astype(float) * unit / flux[usable] - 1).max() <= 2**-11
+    assert np.abs(weight[usable].astype(float) / unit**2 / ivar[usable] - 1).max() <= 2**-11
+
+
+def test_packed_store_appends_resumes_and_is_half_as_large(night, tmp_path):
+    full, half = tmp_path / "full.zarr", tmp_path / "half.zarr"
+    ingest(night, full, chunk_rows=5, progress=False)
+    for pattern in ("deep/*1.fits", "deep/*", ""): report = ingest(night / pattern if pattern else night, half, linear_grid(5000, 5015.98, .02), chunk_rows=5, packed=True if pattern == "deep/*1.fits" else None, progress=False)
+    assert report.n_rows == 30 and verify_store(half) == []
+    size = lambda store: sum(p.stat().st_size for v in ("flux", "ivar") for p in (store / v).rglob("0"))
+    assert size(half) <= .55 * size(full)
+    a, b = open_store(full).sortby("spectrum_id"), open_store(half).sortby("spectrum_id")
+    np.testing.assert_allclose((b.flux * b.flux_scale).values, a.flux.values, rtol=2**-11)
+    np.testing.assert_allclose((b.ivar / b.flux_scale**2).values, a.ivar.values, rtol=2**-10)
+    with pytest.raises(StoreError, match="is packed"): ingest(night, half, packed=False, progress=False)
+    with pytest.raises(StoreError, match="is not packed"): ingest(night, full, packed=True, progress=False)
 
 
 def test_only_one_process_at_a_time(night, tmp_path):
