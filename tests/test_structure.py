@@ -292,7 +292,7 @@ def tool(name, folder):
         (guard / blocked).write_text("#!/bin/sh\nexit 1\n")
         (guard / blocked).chmod(0o755)
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONWARNINGS": "ignore", "PATH": f"{guard}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run([command], cwd=folder, capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run([command], cwd=folder, capture_output=True, text=True, timeout=900, env=env)
     assert done.returncode == 0, f"{name}: {(done.stderr or done.stdout)[-1500:]}"
 
 
