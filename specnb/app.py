@@ -436,13 +436,13 @@ def map_view(
 def _select(self:Inspector, table, outline):
     if outline is not None and len(outline): self.chosen = rows_inside(table, outline)
 
-# %% ../nbs/41_app.ipynb #cc7b9524
+# %% ../nbs/41_app.ipynb #14e6c20e
 @patch
 def _rings(self:Inspector, places, rows, **style):
     "Rings around some spectra, at most 2,000 of them."
     some = np.asarray(rows, int)[np.unique(np.linspace(0, max(len(rows) - 1, 0), min(len(rows), 2000)).astype(int))]
     here = places.loc[places.index.intersection(some), ["x", "y"]]
-    return hv.Points(here, ["x", "y"], []).opts(backend="bokeh", fill_alpha=0, tools=["tap", "box_select", "lasso_select"], **style)
+    return hv.Points(here, ["x", "y"], []).opts(backend="bokeh", fill_alpha=0, line_alpha=1. if len(some) < 200 else 0.3, tools=["tap", "box_select", "lasso_select"], **style)
 
 # %% ../nbs/41_app.ipynb #49146513
 @patch
@@ -583,7 +583,7 @@ def _spectrum_tab(self:Inspector):
     for widget in (frame, named): widget.param.watch(redraw, "value")
     return pn.Column(pn.Row(frame, named, pn.pane.HTML("line list of your own:", align="end"), own), picture, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #5d9f8ebf
+# %% ../nbs/41_app.ipynb #161111d0
 _CHOICES = {"Spearman": "spearman", "Pearson": "pearson", "MI [nat]": "mi", "MI 0..1": "linfoot", "MI given …": "conditional_mi"}
 
 @patch
@@ -592,7 +592,7 @@ def _matrix_tab(self:Inspector):
     against = _widget(pn.widgets.Select, "Nodes against", options=["labels", "nodes", "selection"], width=110)
     order = _widget(pn.widgets.Select, "Order", options=["strength", "cluster", "number"], width=110)
     every = _widget(pn.widgets.Checkbox, "also uninformative nodes", align="end")
-    given = _widget(pn.widgets.MultiChoice, "given these labels", options=self.labels(), value=self.labels()[:1], visible=False, width=260)
+    given = _widget(pn.widgets.MultiChoice, "given these labels", options=self.labels(), value=[self.label] if self.label in self.labels() else self.labels()[:1], visible=False, width=260)
     test = _widget(pn.widgets.Button, "Test it (about a minute)", visible=False, align="end")
     left, right = _pane(self.matrix_view()), _pane(self.cell_view())
     def redraw(event=None, n_permutations=0):

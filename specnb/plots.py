@@ -372,14 +372,14 @@ def _matrix_view(association, statistic, dimensions, alpha, height, order="stren
         clipping_colors={"NaN": _MISSING}, fontsize={"title": "10pt"}, **options)
     return heat * _cell_text(table, statistic)
 
-# %% ../nbs/40_plots.ipynb #53a95c42
+# %% ../nbs/40_plots.ipynb #8b989965
 def _matrix_title(association, table, alpha):
     shown, folded = table["latent"].nunique(), association.sizes["latent"] - table["latent"].nunique()
     tested = f"* q < {alpha:g}" if table["q"].notna().any() else "not tested"
     return f"{shown} nodes" + (f" ({folded} folded away)" if folded else "") + f"; {tested}"
 
 def _cell_words(table):
-    crowded = table["label"].nunique() > 8   # then only the marked cells have words
+    crowded = table["label"].nunique() > 8 and table["q"].notna().any()   # then only the marked cells have words
     words = (f"{value:.2f}{mark}".replace("-0.00", "0.00") if np.isfinite(value) else "" for value, mark in zip(table["value"], table["mark"]))
     return [word if mark or not crowded else "" for word, mark in zip(words, table["mark"])]
 

@@ -181,6 +181,7 @@ def test_a_map_without_umap_says_so(monkeypatch):
     assert "pca_1" in look.latents.coords and np.isfinite(look.latents["pca_1"].values).all()
 
 
+@pytest.mark.slow
 def test_a_map_with_umap_keeps_neighbours():
     pytest.importorskip("umap", reason="optional: pip install umap-learn")
     rng = np.random.default_rng(0)
