@@ -133,7 +133,9 @@ def keys_starting(
     if isinstance(header, QuickHeader) and start not in header.joined: return []
     return [k for k in header if k.startswith(start)]
 
-# %% ../nbs/10_fits.ipynb #5dadf468
+# %% ../nbs/10_fits.ipynb #a1278542
+_STRUCTURE = re.compile(r"SIMPLE|XTENSION|BITPIX|EXTEND|[PG]COUNT|NAXIS\d*|TFIELDS|T(?:FORM|TYPE|UNIT)\d+") # cards that stand once in a sound header
+
 def _whole(header, key):
     "A whole number from a structural card."
     value = header.get(key)
@@ -145,6 +147,7 @@ class QuickHDU:
     def __init__(self, content, header, start):
         self.header, self.content, self.start, kind = header, content, start, header.get("XTENSION", "IMAGE")
         self.is_image, self.is_table = kind == "IMAGE", kind == "BINTABLE"
+        if len(header.cards) < len(header.keys) and any(_STRUCTURE.fullmatch(k) and header.keys.count(k) > 1 for k in header.cards): raise Unusual("repeated")
         self.shape = tuple(_whole(header, f"NAXIS{k}") for k in range(_whole(header, "NAXIS"), 0, -1))
         odd = any(k in header for k in ("GROUPS", "BSCALE", "BZERO", "BLANK", "ZIMAGE", "ZTABLE", "THEAP"))
         if odd or not (self.is_image or self.is_table) or header.get("PCOUNT", 0) != 0 or header.get("GCOUNT", 1) != 1: raise Unusual("kind of HDU")
@@ -178,7 +181,7 @@ class _QuickColumns:
     def __init__(self, names, header): self.names, self.header = names, header
     def __getitem__(self, name): return SimpleNamespace(unit=self.header.get(f"TUNIT{self.names.index(name) + 1}") or None)
 
-# %% ../nbs/10_fits.ipynb #3f8fea1d
+# %% ../nbs/10_fits.ipynb #a720f3bd
 class QuickHDUs(list):
     "HDUs found by `scan_fits`; `full` is the file as astropy opens it."
     def __init__(self, path, content): self.path, self.content = path, content
@@ -197,7 +200,7 @@ def scan_fits(
         while end >= 0 and (end - at) % 80: end = content.find(b"END" + b" "*77, end + 1)
         if end < 0 or not content.startswith(b"XTENSION=" if at else b"SIMPLE  =", at): raise Unusual("header")
         header = QuickHeader(content[at:end].decode("latin-1"))
-        if not at and (header["SIMPLE"], header.get("EXTEND", True)) != (True, True): raise Unusual("SIMPLE or EXTEND")
+        if not at and not (header["SIMPLE"] is header.get("EXTEND", True) is True): raise Unusual("SIMPLE or EXTEND")
         found.append(QuickHDU(content, header, at + -(-(end + 80 - at)//2880)*2880))
         at = found[-1].start + -(-found[-1].size//2880)*2880
     return found

@@ -10,8 +10,9 @@ from astropy.io import fits
 from astropy.table import Table
 from astropy.wcs import WCS
 
-from specnb.eso import doubt, eso_identifier, exposure_of, write_adp, write_s1d
-from specnb.fits import NotASpectrum, read_spectrum
+from specnb.eso import companion_velocity, doubt, eso_identifier, exposure_of, read_ccf, write_adp, write_s1d
+from specnb.fits import MissingField, NotASpectrum, read_spectrum
+from specnb.ingest import ingest
 from specnb.spectra import make_spectra
 
 NUMBERS = ("mjd_obs", "exptime", "airmass", "berv", "snr", "ra", "dec", "seeing", "humidity")
@@ -196,3 +197,69 @@ def test_drs_products_that_are_no_spectra(tmp_path, kind, cards, shape, words):
     header["HIERARCH ESO DRS VERSION"] = "HARPS_3.8"
     fits.writeto(tmp_path / f"{kind}.fits", np.ones(shape, "f4"), header)
     with pytest.raises(NotASpectrum, match=words): read_spectrum(tmp_path / f"{kind}.fits")
+
+
+# ---- velocities of companion files
+
+def ccf_file(path, rv=-2.15, key="RVC", **cards):
+    header = fits.Header({"CTYPE1": "km/s"})
+    for name, value in {"DRS VERSION": "HARPS_3.8", f"DRS CCF {key}": rv, "DRS CCF NOISE": .0008, "DRS CCF MASK": "K5", **cards}.items(): header[f"HIERARCH ESO {name}"] = value
+    fits.writeto(path, np.ones((3, 161), "f4"), header, overwrite=True)
+    return path
+
+
+def test_real_companion_gives_the_velocity(shared_data):
+    folder = shared_data / "harps_full"
+    ds = read_spectrum(folder / "HARPS.2007-08-29T00_41_30.707_s1d_A.fits.gz")
+    np.testing.assert_allclose([ds.rv_ccf.item(), ds.rv_ccf_error.item()], [-2.15386561745332, 0.000787854800101463], rtol=1e-12)
+    assert ds.rv_ccf_mask.item() == "K5" and ds.rv_ccf.attrs["units"] == "km/s" and list(ds.spec.labels) == ["rv_ccf"]
+    for kind in ("ccf", "bis"): assert read_ccf(folder / f"HARPS.2007-08-29T00_41_30.707_{kind}_K5_A.fits.gz")["rv_ccf"] == ds.rv_ccf.item()
+    assert "rv_ccf" not in read_spectrum(folder / "HARPS.2012-04-03T09_49_36.348_s1d_A.fits").coords
+
+
+def test_velocity_moves_the_lines_of_the_spectrum_to_rest(shared_data):
+    "The stellar lines of the real spectrum stand where its velocity and a mask of line positions say (HD 189733, in air)."
+    ds = read_spectrum(shared_data / "harps_full" / "HARPS.2007-08-29T00_41_30.707_s1d_A.fits.gz").squeeze()
+    mask = pd.read_csv(shared_data / "reference" / "mask_HARPS_K2.csv", comment="#")
+    mask = mask[mask.lambda_air_A.between(5400, 6200)]
+    centre, depth = mask.lambda_air_A.to_numpy(), mask.contrast.to_numpy()
+    velocities = np.arange(-12, 8, .25)
+    profile = [np.sum(depth * np.interp(centre * (1 + v / 299792.458), ds.wavelength, ds.flux / ds.flux.median())) for v in velocities]
+    assert abs(velocities[np.argmin(profile)] - ds.rv_ccf.item()) <= .5
+
+
+@pytest.mark.parametrize("colon", [":", "_"])
+def test_companions_of_tables_and_images_and_their_ingest(tmp_path, rng, colon):
+    for i, (write, name) in enumerate([(write_s1d, "HARPS.2010-09-18T23_42_3{}.178_s1d_A.fits"), (write_adp, "ADP.2014-01-01T00_00_0{}.000.fits")]):
+        path = write(spectrum(rng, object="x", instrument="HARPS", mjd_obs=55000.).assign_coords(spectrum_id=("spectrum", [f"s{i}"])), tmp_path / name.format(i))
+        if write is write_adp:
+            with fits.open(path, mode="update") as hdus: hdus[0].header["PROV1"] = f"HARPS.2010-09-18T23:42:3{i}.178.fits"
+        ccf_file(tmp_path / f"HARPS.2010-09-18T23{colon}42{colon}3{i}.178_ccf_K5_A.fits", rv=-9. + i)
+    report = ingest(tmp_path / "*.fits", tmp_path / "n.zarr", progress=False)
+    ds = report.open().sortby("spectrum_id")
+    assert report.n_rows == 2 and set(report.refused.error) == {"NotASpectrum"}
+    np.testing.assert_array_equal(ds.rv_ccf, [-9., -8.])
+    assert ds.rv_ccf.attrs["role"] == "label" and ds.rv_ccf.attrs["units"] == "km/s"
+
+
+def test_failed_and_broken_companions_cost_only_the_label(tmp_path, rng):
+    path = write_s1d(spectrum(rng, instrument="HARPS"), tmp_path / "HARPS.2010-09-18T23_42_36.178_s1d_A.fits")
+    beside = tmp_path / "HARPS.2010-09-18T23_42_36.178_ccf_K5_A.fits"
+    assert "rv_ccf" not in read_spectrum(path).coords
+    ccf_file(beside, rv=-99999.)
+    assert np.isnan(read_ccf(beside)["rv_ccf"]) and "rv_ccf" not in read_spectrum(path).coords
+    ccf_file(beside, rv=-3.5, key="RV", **{"DRS CCF NOISE": -1.})
+    assert read_ccf(beside)["rv_ccf"] == -3.5 and np.isnan(read_spectrum(path).rv_ccf_error.item())
+    beside.write_bytes(beside.read_bytes()[:900])
+    assert "rv_ccf" not in read_spectrum(path).coords
+    beside.write_text("<html>")
+    with pytest.raises(MissingField, match="no ESO DRS CCF RV"): read_ccf(beside)
+    assert companion_velocity(path, "") == {} and companion_velocity(tmp_path / "nowhere" / "x.fits", "HARPS.2010-09-18T23:42:36.178") == {}
+
+
+def test_fibre_b_takes_the_companion_of_fibre_b(tmp_path, rng):
+    path = write_s1d(spectrum(rng, instrument="HARPS"), tmp_path / "HARPS.2010-09-18T23_42_36.178_s1d_B.fits")
+    ccf_file(tmp_path / "HARPS.2010-09-18T23_42_36.178_ccf_K5_A.fits", rv=5.)
+    assert "rv_ccf" not in read_spectrum(path).coords
+    ccf_file(tmp_path / "HARPS.2010-09-18T23_42_36.178_ccf_TH_B.fits", rv=.1)
+    assert read_spectrum(path).rv_ccf.item() == .1

@@ -3,6 +3,7 @@ import collections
 import gzip
 import io
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from astropy.table import Table
 from specnb import fits as sf
 from specnb.eso import write_adp, write_s1d
 from specnb.fits import (BadWavelength, IdentifierError, MissingField, NotASpectrum, NotFits, NoUsablePixels, ReaderError, SpectrumError,
-                         TruncatedFile, UnknownLayout, assemble, read_spectrum, register_reader, unregister_reader)
+                         TruncatedFile, Unusual, UnknownLayout, assemble, load_bytes, parse_fits, read_parts, read_spectrum, register_reader, scan_fits, unregister_reader)
 from specnb.spectra import make_spectra, validate
 
 
@@ -258,3 +259,113 @@ def test_lamost_takes_pipeline_ivar_and_vacuum(shared_data):
 def test_missing_reference_pixel_is_one_and_recorded(shared_data):
     ds = read_spectrum(shared_data / "stars_5160_5360" / "Gl674_FEROS.fits")
     assert "CRPIX1 absent" in ds.guess.item() and ds.wavelength.values[0] == 5160.
+
+
+# every file of the shared folder, as its README states it: (folder, ending) -> {outcome: number of files}
+STATED = {("harps_full", "fits"): {"harps-s1d": 4, "NotASpectrum": 2}, ("harps_timeseries", "fits"): {"harps-s1d": 179}, ("derived_harps_adp", "fits"): {"eso-phase3": 3}, ("eso_adp_uves", "fits"): {"eso-phase3": 7},
+          ("uves_pipeline_images", "fits"): {"eso-image": 6}, ("stars_5160_5360", "fits"): {"harps-s1d": 3, "eso-image": 3, "image": 10}, ("lamost_dr1", "fits"): {"named-rows": 40}, ("miles", "fits"): {"image": 4},
+          ("miles", "npz"): {"NotFits": 1}, ("apogee_pixels", "npz"): {"NotFits": 1}, ("reference", "npz"): {"NotFits": 1}, ("labels", "csv"): {"MissingField": 8}, ("reference", "csv"): {"MissingField": 3},
+          ("reference", "dat"): {"BadWavelength": 1}, ("reference", "lst"): {"NotFits": 2}}
+
+
+def test_the_table_of_every_shared_file(shared_data):
+    found = collections.defaultdict(collections.Counter)
+    for path in sorted(p for p in shared_data.rglob("*") if p.is_file() and p.parent != shared_data):
+        try: outcome = validate(read_spectrum(path)).reader.item()
+        except SpectrumError as exc:
+            assert exc.reason and exc.mend and exc.path == str(path)
+            outcome = type(exc).__name__
+        found[path.relative_to(shared_data).parts[0], path.name.removesuffix(".gz").rsplit(".", 1)[1]][outcome] += 1
+    for key in sorted(found): print(f"{key[0]:22} {key[1]:5} {dict(found[key])}")
+    assert {k: dict(v) for k, v in found.items()} == STATED and sum(sum(v.values()) for v in found.values()) == 278
+
+
+@pytest.mark.parametrize("name, medium, frame, guesses", [
+    ("stars_5160_5360/38Vir_HARPS_iraf.fits", "air", "rest", ("medium air", "frame rest")), ("stars_5160_5360/Procyon_HARPS_ispec.fits", "air", "topocentric", ("frame topocentric",)), ("stars_5160_5360/Gl674_FEROS.fits", "air", "topocentric", ("medium air", "frame topocentric", "CRPIX1 absent", "wavelength unit")),
+    ("uves_pipeline_images/r.UVES.2011-08-11T232352.266-A01_0000.fits", "air", "topocentric", ("medium air", "frame topocentric")), ("lamost_dr1/spec-55862-B6212_sp06-008.fits.gz", "vacuum", "barycentric", ()),
+    ("miles/MILES_res2.50_star_m0002V.fits", "air", "rest", ("medium air", "frame rest", "wavelength unit")), ("eso_adp_uves/ADP.2020-06-19T10_12_40.117.fits.gz", "air", "topocentric", ()), ("harps_full/HARPS.2012-04-03T09_49_36.348_s1d_A.fits", "air", "barycentric", ())])
+def test_medium_frame_and_guesses_of_each_dialect(shared_data, name, medium, frame, guesses):
+    ds = read_spectrum(shared_data / name)
+    assert (ds.wavelength.attrs["medium"], ds.wavelength.attrs["frame"]) == (medium, frame)
+    notes = [n for n in ds.guess.item().split("; ") if n]
+    assert len(notes) == len(guesses) and all(any(g in n for n in notes) for g in guesses), ds.guess.item()
+
+
+# ---- the quick look beside astropy
+
+def outcome_of(path, hdus):
+    try: return sf._read_with(path, hdus())
+    except Unusual: return "unusual"
+    except SpectrumError as exc: return type(exc).__name__, exc.reason, exc.mend
+
+
+def agree(a, b):
+    "Whether two readings are the same to the bit: arrays, coordinates and their types, or the refusal."
+    if isinstance(a, tuple) or isinstance(b, tuple): return a == b
+    same = lambda x, y: type(x) is type(y) and (x == y or x != x and y != y)
+    return (all(np.array_equal(getattr(a, n), getattr(b, n)) and getattr(a, n).dtype == getattr(b, n).dtype for n in ("wavelength", "flux", "ivar")) and list(a.coords) == list(b.coords)
+            and all(same(a.coords[k], b.coords[k]) for k in a.coords) and (a.medium, a.frame, a.attrs) == (b.medium, b.frame, b.attrs))
+
+
+def test_quick_look_gives_what_astropy_gives_on_every_real_file(shared_data):
+    n = 0
+    for path in sorted(shared_data.rglob("*.fits*")):
+        content = load_bytes(path)
+        quick = outcome_of(path, lambda: scan_fits(path, content))
+        assert quick != "unusual", f"{path.name}: the quick look declines"
+        assert agree(quick, outcome_of(path, lambda: parse_fits(path, content))), path.name
+        n += 1
+    assert n == 261
+
+
+def test_quick_look_agrees_or_declines_on_damaged_headers(shared_data, table_bytes, image_bytes, rng):
+    files = [("t.fits", table_bytes), ("x_s1d_A.fits", image_bytes)] + [(p.name, load_bytes(p)) for f, k in (("harps_timeseries/HD128621", 5), ("stars_5160_5360", 16), ("lamost_dr1", 2), ("miles", 1)) for p in sorted((shared_data / f).iterdir())[:k]]
+    seen = collections.Counter()
+    for _ in range(1000):
+        name, content = files[rng.integers(len(files))]
+        damaged, end = bytearray(content), content.find(b"END" + b" " * 77)
+        for _ in range(rng.integers(1, 5)):
+            at, kind = rng.integers(end), rng.integers(3)
+            if kind == 0: damaged[at] = rng.integers(256)
+            if kind == 1: damaged[at] = rng.choice(list(b" 0123456789.+-'/=ETFD"))
+            if kind == 2: damaged[at // 80 * 80:at // 80 * 80 + 80] = damaged[(other := rng.integers(end)) // 80 * 80:other // 80 * 80 + 80]
+        content = bytes(damaged[:rng.integers(len(damaged))] if rng.random() < .1 else damaged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quick, full = outcome_of(name, lambda: scan_fits(name, content)), outcome_of(name, lambda: parse_fits(name, content))
+        if quick == "unusual": seen["declined"] += 1; continue
+        assert agree(quick, full), (name, quick if isinstance(quick, tuple) else "read", full if isinstance(full, tuple) else "read")
+        seen["refused" if isinstance(quick, tuple) else "read"] += 1
+    assert seen["read"] > 200 and seen["declined"] > 200, seen
+
+
+@pytest.mark.parametrize("cards, name", [({"LONGTEXT": "x" * 100}, "CONTINUE"), ({"BSCALE": 2.}, "scaled")])
+def test_what_only_astropy_can_judge_still_reads(tmp_path, rng, cards, name):
+    flux = rng.normal(100, 2, 300)
+    fits.writeto(tmp_path / "u.fits", flux, fits.Header({"CRVAL1": 5000., "CDELT1": .5, "CRPIX1": 1., "CUNIT1": "Angstrom"} | {k: v for k, v in cards.items() if k != "BSCALE"}))
+    if "BSCALE" in cards: fits.writeto(tmp_path / "u.fits", np.round(flux).astype("i4"), fits.Header({"CRVAL1": 5000., "CDELT1": .5, "CRPIX1": 1., "CUNIT1": "Angstrom"}), overwrite=True)
+    with pytest.raises(Unusual): scan_fits("u.fits", (tmp_path / "u.fits").read_bytes())
+    np.testing.assert_allclose(read_spectrum(tmp_path / "u.fits").flux[0], flux, atol=.51 if "BSCALE" in cards else 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["<f4", "<f8"])
+@pytest.mark.parametrize("quality", [False, True])
+def test_the_short_way_over_the_pixels_gives_the_bits_of_the_long_one(rng, kind, quality):
+    flux, error = rng.normal(100, 2, 5000), rng.uniform(1, 3, 5000)
+    flux[:9], error[10:19] = [0, np.nan, np.inf, -np.inf, 1e38, -1e38, 1e-45, -5, 3e37], [0, -1, np.nan, np.inf, 1e-19, 2e-18, 1e19, 3e19, 1e30]
+    flux, error, bad = flux.astype(kind), error.astype(kind), (rng.random(5000) < .1).astype("i4") if quality else None
+    short = sf._usual_planes(np.arange(5000.) + 1, flux, error, None, bad)
+    _, *long, origin, scale = sf._unusual_planes("x", np.arange(5000.) + 1, flux, error, None, bad)
+    assert origin == "pipeline" and scale == 1 and short.dtype == np.float32
+    for a, b in zip(short, long): np.testing.assert_array_equal(a, b)
+
+
+def test_parts_are_the_dataset(shared_data):
+    for path in sorted((shared_data / "stars_5160_5360").iterdir()):
+        parts, attrs = read_parts(path, frame="rest")
+        ds = read_spectrum(path, frame="rest")
+        for name in ("flux", "ivar"): np.testing.assert_array_equal(getattr(parts, name), ds[name].values[0])
+        for name, value in parts.coords.items():
+            np.testing.assert_equal(ds[name].item(), value)
+            assert dict(ds[name].attrs) == attrs.get(name, {})
+        assert parts.frame == "rest" and set(parts.coords) == {n for n, c in ds.coords.items() if c.dims == ("spectrum",)}
