@@ -7,10 +7,11 @@ __all__ = ['RATE_CUT', 'SIGNAL_CUT', 'TAIL_CUT', 'JITTER_CUT', 'LOSS_FLOOR', 'IC
            'node_statistics', 'dead_cut', 'effective_rank', 'shuffle_loss', 'noise_null', 'node_votes', 'consensus',
            'intraclass_correlation', 'variance_shares', 'beyond_labels', 'informative_nodes']
 
-# %% ../nbs/31_dims.ipynb #31a38af8
+# %% ../nbs/31_dims.ipynb #aa7d162a
 import numpy as np
 import xarray as xr
 from scipy.spatial import cKDTree
+from scipy.interpolate import BSpline
 from scipy.special import ndtri
 from scipy.stats import f as fisher_f, t as student_t
 from sklearn.model_selection import GroupKFold
@@ -233,18 +234,34 @@ def _pair_products(
     with np.errstate(invalid="ignore", divide="ignore"):
         return (total - in_cells) / (count**2 - cell_pairs), (in_cells - square) / (cell_pairs - count), square / count
 
-# %% ../nbs/31_dims.ipynb #2980aaca
+# %% ../nbs/31_dims.ipynb #955ec397
+def _label_scores(
+    known:np.ndarray, # (row, label), NaN where missing
+)->tuple: # (row, column) constant, normal scores and which are missing; (row, label) ranks from 0 to 1
+    "The labels on comparable scales."
+    ranks, here = np.full(known.shape, 0.5), np.isfinite(known)
+    for j, there in enumerate(here.T):
+        if there.any(): ranks[there, j] = (average_ranks(known[there, j]) + 0.5) / there.sum()
+    return np.c_[np.ones(len(known)), ndtri(ranks), ~here[:, ~here.all(0)]], ranks
+
+def _cosines(linear, n_features, scales, among, rng):
+    "Cosines of random combinations of `among` of the columns."
+    directions = rng.normal(size=(linear.shape[1], n_features)) * rng.choice(scales, n_features) / np.sqrt(among)
+    directions *= rng.random(directions.shape).argsort(0).argsort(0) < among
+    return np.cos(linear @ directions + rng.uniform(0, 2 * np.pi, n_features))
+
+# %% ../nbs/31_dims.ipynb #0e7d4aa7
 def _label_features(
     known:np.ndarray, # (row, label), NaN where missing
     rng:np.random.Generator, n_features:int=200, # random combinations
-)->np.ndarray: # (row, feature)
-    "Normal scores of labels, which are missing, and cosines of random combinations."
-    scores, here = np.zeros(known.shape), np.isfinite(known)
-    for column, there, out in zip(known.T, here.T, scores.T):
-        if there.any(): out[there] = ndtri((average_ranks(column[there]) + 0.5) / there.sum())
-    linear = np.c_[scores, ~here[:, ~here.all(0)]]
-    scale = rng.choice([0.3, 0.7, 1.5, 3.0], n_features) / np.sqrt(linear.shape[1])
-    return np.c_[np.ones(len(known)), linear, np.cos(linear @ (rng.normal(size=(linear.shape[1], n_features)) * scale) + rng.uniform(0, 2 * np.pi, n_features))]
+)->list: # of (row, feature); the first columns of all: a constant and the labels' normal scores
+    "Four sets of functions of the labels."
+    linear, ranks = _label_scores(known)
+    n_labels, knots = known.shape[1], np.r_[[0] * 3, np.linspace(0, 1, 13), [1] * 3]
+    smooth = _cosines(linear[:, 1:], n_features, [0.3, 0.7, 1.5, 3.0], linear.shape[1] - 1, rng)
+    splines = np.concatenate([BSpline.design_matrix(r, knots, 3).toarray() for r in ranks.T], 1)
+    pairs = _cosines(linear[:, 1:1 + n_labels], n_features // 2, [0.7, 1.5, 3.0], min(2, n_labels), rng)
+    return [np.concatenate([linear, *more], 1) for more in ((smooth,), (splines,), (splines, pairs), (smooth, splines, pairs))]
 
 # %% ../nbs/31_dims.ipynb #40108799
 def _ridge(
@@ -256,19 +273,24 @@ def _ridge(
     projected = vectors.T @ (features.T @ targets)
     return np.stack([vectors @ (projected / (np.maximum(values, 0) + p)[:, None]) for p in penalties])
 
-# %% ../nbs/31_dims.ipynb #6262aaa0
+# %% ../nbs/31_dims.ipynb #e83cade1
 def _held_out(
-    features:np.ndarray, targets:np.ndarray, # (row, feature), (row, column)
+    sets:list, targets:np.ndarray, # of (row, feature); (row, column)
     folds:list, # of (rows to learn from, rows to predict)
     penalties:np.ndarray, # (penalty,)
 )->np.ndarray: # (row, column)
-    "Predictions of held-out rows at the best penalty of every column."
-    predicted = np.empty((len(penalties), *targets.shape))
-    for learn, test in folds:
-        centre = targets[learn].mean(0)
-        predicted[:, test] = centre + features[test] @ _ridge(features[learn], targets[learn] - centre, penalties)
-    best = ((targets - predicted) ** 2).mean(1).argmin(0)
-    return predicted[best, :, np.arange(targets.shape[1])].T
+    "Predictions of held-out rows: the sets at the best penalty of every column, averaged by their errors."
+    guesses, errors = [], []
+    for features in sets:
+        predicted = np.empty((len(penalties), *targets.shape))
+        for learn, test in folds:
+            centre = targets[learn].mean(0)
+            predicted[:, test] = centre + features[test] @ _ridge(features[learn], targets[learn] - centre, penalties)
+        error = ((targets - predicted) ** 2).mean(1)
+        guesses.append(predicted[error.argmin(0), :, np.arange(targets.shape[1])].T); errors.append(error.min(0))
+    errors = np.stack(errors)
+    weights = np.exp(-0.5 * np.sqrt(len(targets)) * (errors / np.maximum(errors.min(0), 1e-300) - 1))
+    return np.einsum("src,sc->rc", np.stack(guesses), weights / weights.sum(0))
 
 # %% ../nbs/31_dims.ipynb #7fbeb64d
 def _remainder(
@@ -296,7 +318,7 @@ def _null_nodes(
     within = (values - of_group(values)[codes]) * np.sqrt(size / np.maximum(size - 1, 1))[codes]
     return smooth[codes][:, None] + rng.choice(within[size[codes] > 1], (len(values), n_null))
 
-# %% ../nbs/31_dims.ipynb #bfc3e23f
+# %% ../nbs/31_dims.ipynb #6736ca2d
 def beyond_labels(
     latents, # latents Dataset or table (spectrum, latent)
     labels=None, # as in `specnb.depend.association`
@@ -316,7 +338,7 @@ def beyond_labels(
     left, p = _remainder(values, _held_out(features, values, folds, penalties)), np.ones(values.shape[1])
     owner = intraclass_correlation(left, codes, level)
     for a in range(len(p) if n_null else 0):
-        null = _null_nodes(values[:, a], left[:, a], features[:, 1:1 + known.shape[1]], codes, n_null, rng)
+        null = _null_nodes(values[:, a], left[:, a], features[0][:, 1:1 + known.shape[1]], codes, n_null, rng)
         again = intraclass_correlation(_remainder(null, _held_out(features, null, folds, penalties)), codes).icc.values
         p[a] = (1 + (again >= owner.icc.values[a]).sum()) / (1 + n_null)
     return _beyond(table.latent.values, 1 - left.var(0) / np.maximum(values.var(0), 1e-300), owner, p if n_null else np.nan * p)

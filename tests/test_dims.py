@@ -178,6 +178,19 @@ def test_functions_of_the_labels_are_not_beyond_them():
     assert np.mean(called) < 0.1 and all(real)
 
 
+def test_kinks_and_steps_are_not_beyond_the_labels():
+    "Functions that no smooth regression follows, of one label each, added up; and a jump in three labels at once, which the page names as out of reach."
+    called = []
+    for seed in range(8):
+        rng = np.random.default_rng([5, seed])
+        star, labels = np.repeat(np.arange(200), 3), rng.normal(size=(200, 3))
+        kink = np.abs(labels[:, 0] - 0.3) + np.maximum(labels[:, 2], 0)
+        steps = np.floor(1.5 * labels[:, 0]) + np.floor(labels[:, 1])
+        nodes = np.c_[kink / kink.std(), steps / steps.std()][star] + 0.1 * rng.normal(size=(600, 2))
+        called.append(beyond_labels(nodes, dict(enumerate(labels[star].T)), groups=star, n_null=39, seed=seed).beyond.values)
+    assert np.mean(called) <= 0.125
+
+
 def test_small_pieces(rng):
     values = rng.normal(size=(101, 2))
     np.testing.assert_allclose(weighted_quantile(values, np.ones(101), 0.5), np.median(values, axis=0))
