@@ -228,7 +228,8 @@ def served():
     line = process.stdout.readline()
     yield line.split()[0]
     process.terminate()
-    process.wait(20)
+    try: process.wait(20)
+    except subprocess.TimeoutExpired: process.kill(), process.wait()
     process.stdout.close()
 
 
