@@ -423,7 +423,7 @@ def information_matrix(
     limits = _limits(matrix_table(association, statistic, dimensions, alpha), statistic)
     return _matrix_view(association, statistic, dimensions, alpha, height, order, cmap="viridis", clim=limits)
 
-# %% ../nbs/40_plots.ipynb #408ecc6e
+# %% ../nbs/40_plots.ipynb #7e286a7f
 def matrix_figure(
     association:xr.Dataset,     # (latent, label) from `specnb.depend.association`
     statistic:str="spearman",   # a key of `STATISTICS`
@@ -444,7 +444,7 @@ def matrix_figure(
     ax.set_xticks(range(len(labels)), [name.replace("_", " ") for name in labels], rotation=35, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(nodes)), nodes)
     ax.set_title(_matrix_title(association, table, alpha), fontsize=9)
-    figure.colorbar(image, label=STATISTICS[statistic].replace(" [", "\n[").replace("rank ", "rank\n").replace(", ", "\n"))
+    figure.colorbar(image, label=STATISTICS[statistic].replace(" beyond", "\nbeyond").replace(" [", "\n[").replace("rank ", "rank\n").replace(", ", "\n"))
     return figure
 
 # %% ../nbs/40_plots.ipynb #40bb8dcd
