@@ -105,6 +105,13 @@ def memory(pid):
     return [int(lines[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")]
 
 
+def stop(server):
+    "End a server, by force if it does not go by itself."
+    server.terminate()
+    try: server.wait(10)
+    except subprocess.TimeoutExpired: server.kill(), server.wait()
+
+
 def case(name, n):
     code = PARTS + SERVE[name] + "\nserve(lambda: inspector(**parts, title='bench'))\n"
     server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -128,8 +135,7 @@ def case(name, n):
         if worst: print("the console complains:", *worst, sep="\n  ")
     finally:
         window.quit()
-        server.terminate()
-        server.wait(20)
+        stop(server)
 
 
 def started(n=3):
@@ -149,8 +155,7 @@ def started(n=3):
             script = FIND + "return find('.bk-tab').length*find('canvas').length"
             while not window.execute_script(script): time.sleep(0.02)
             took.append((answered, time.perf_counter() - start))
-            server.terminate()
-            server.wait(20)
+            stop(server)
     window.quit()
     middle = np.median(took, axis=0)
     print(f"start of the command to tabs and plots in the browser      {middle[1]:6.1f} s    (page loaded {middle[0]:.1f} s, n {n})   bar 5 s   load {os.getloadavg()[0]:.1f}", flush=True)
