@@ -79,7 +79,7 @@ def ingest(
     report = _run_module().ingest(paths, store, start=start, stop=stop, n_pixels=n_pixels, step=step, n_workers=n_workers)
     typer.echo(report)
 
-# %% ../nbs/51_cli.ipynb #5b3f1ec6
+# %% ../nbs/51_cli.ipynb #aaa9d437
 @app.command()
 def train(
     store:Annotated[Path, typer.Argument(help="Zarr store of spectra.")],
@@ -91,11 +91,12 @@ def train(
     lr:Annotated[float, typer.Option(help="Peak learning rate.")]=3e-3,
     by:Annotated[str, typer.Option(help="Coordinate whose values stay on one side of the split: object, night, ...")]="object",
     seed:Annotated[int, typer.Option(help="Of split, weights, order and noise.")]=0,
+    starts:Annotated[int, typer.Option(help="Trainings from different seeds; the lowest validation loss is kept.")]=1,
     precision:Annotated[str, typer.Option(help="float32 or bfloat16.")]="float32",
     device:Annotated[Optional[str], typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")]=None,
 ):
     "Train a network on a store; the same command resumes after an interruption."
-    typer.echo(_run_module().train(store, run, net=net, objective=objective, n_epoch=n_epoch, bs=bs, lr=lr, by=by, seed=seed, precision=precision, device=device))
+    typer.echo(_run_module().train(store, run, net=net, objective=objective, n_epoch=n_epoch, bs=bs, lr=lr, by=by, seed=seed, starts=starts, precision=precision, device=device))
 
 # %% ../nbs/51_cli.ipynb #f3053008
 @app.command()

@@ -167,7 +167,9 @@ def raw_channels(self:LineFrontEnd,
     level = (shape * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)
     return torch.stack((lines, shape - level), 1), valid
 
-# %% ../nbs/21_nets.ipynb #e2231a07
+# %% ../nbs/21_nets.ipynb #b8e8e410
+_FAR = 30. # channels end here [standard deviations of the training set]
+
 @patch
 def forward(self:LineFrontEnd,
     flux:torch.Tensor, # (batch, pixel) flux [median flux]
@@ -177,7 +179,7 @@ def forward(self:LineFrontEnd,
     with torch.autocast(flux.device.type, enabled=False):
         raw, valid = self.raw_channels(flux, ivar)
         weight = valid[:, None].expand_as(raw).to(raw.dtype)
-        return (raw - self.centre) / self.scale[:, None] * weight, weight * self.channel_weight
+        return ((raw - self.centre) / self.scale[:, None]).clamp(-_FAR, _FAR) * weight, weight * self.channel_weight
 
 @patch
 def inverse(self:LineFrontEnd,
@@ -268,7 +270,15 @@ class SpectrumNetwork(nn.Module):
             raise ValueError(f"this network takes (batch, {self.config.n_pixels}) or (batch, 1, {self.config.n_pixels}), not {tuple(values.shape)}")
         return values
 
-# %% ../nbs/21_nets.ipynb #d50b6972
+# %% ../nbs/21_nets.ipynb #7a879101
+_WIDEST = 3. # log variances end here: a posterior that is wider than the prior says nothing
+
+@patch
+def _posterior(self:SpectrumNetwork, channels):
+    "Mean and log variance in full precision."
+    with self._autocast(channels): mean, logvar = self.encode_channels(channels)
+    return mean.float(), logvar.float().clamp(max=_WIDEST)
+
 @patch
 def encode(self:SpectrumNetwork,
     flux:torch.Tensor, # (batch, pixel) or (batch, 1, pixel) flux [median flux]
@@ -276,8 +286,7 @@ def encode(self:SpectrumNetwork,
 )->tuple[torch.Tensor, torch.Tensor]: # mean and log variance of the code, each (batch, latent)
     "The code of each spectrum, as a normal distribution."
     channels, _ = self.frontend(self._rows(flux), self._rows(ivar))
-    with self._autocast(flux): mean, logvar = self.encode_channels(channels)
-    return mean.float(), logvar.float()
+    return self._posterior(channels)
 
 @patch
 def decode(self:SpectrumNetwork,
@@ -287,7 +296,7 @@ def decode(self:SpectrumNetwork,
     with self._autocast(z): channels = self.decode_channels(z)
     return self.frontend.inverse(channels.float())
 
-# %% ../nbs/21_nets.ipynb #7f021099
+# %% ../nbs/21_nets.ipynb #1398514e
 @patch
 def forward(self:SpectrumNetwork,
     flux:torch.Tensor, # (batch, pixel) or (batch, 1, pixel) flux [median flux]
@@ -295,7 +304,7 @@ def forward(self:SpectrumNetwork,
 )->tuple: # flux (batch, pixel); mean, logvar, z (batch, latent); channels, target, weight (batch, channel, pixel)
     "Reconstruction and everything that an objective needs."
     with torch.no_grad(): target, weight = self.frontend(self._rows(flux), self._rows(ivar))
-    with self._autocast(target): mean, logvar = (values.float() for values in self.encode_channels(target))
+    mean, logvar = self._posterior(target)
     z = mean + torch.randn_like(mean) * (0.5 * logvar).exp() if self.training else mean
     with self._autocast(target): channels = self.decode_channels(z)
     channels = channels.float()

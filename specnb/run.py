@@ -7,7 +7,7 @@ __all__ = ['RunError', 'Run', 'open_run', 'simulate', 'wanted_grid', 'ingest', '
            'findings', 'write_pages', 'read_dropped', 'save_selection', 'inspect_app', 'inspect', 'repeat', 'demo',
            'summary', 'download']
 
-# %% ../nbs/50_run.ipynb #9790949d
+# %% ../nbs/50_run.ipynb #1613efcf
 import json, os, platform, shutil
 from functools import cached_property
 from hashlib import sha256
@@ -25,7 +25,7 @@ from .encode import decoder, encode as encode_spectra
 from .eso import write_adp, write_s1d
 from .fits import SpectrumError, parts_of, read_spectrum
 from .ingest import Grid, IngestReport, ingest as ingest_spectra, match_medium, onto_grid
-from .learner import fit_resumable, load_bundle, objective_settings, save_bundle, spectrum_learner
+from .learner import fit_resumable, fit_starts, load_bundle, load_checkpoint, objective_settings, save_bundle, spectrum_learner
 from .loader import spectrum_dataloaders
 from .prep import PrepRecipe, split_by_object
 from .report import inspect_notebook, report_html
@@ -143,7 +143,7 @@ def _same_settings(run, settings):
     if different: raise RunError(f"{run} holds a finished run of other settings ({'; '.join(different[:3])}): name another folder, or remove it")
     return True
 
-# %% ../nbs/50_run.ipynb #42bc6b04
+# %% ../nbs/50_run.ipynb #4f879ae0
 def train(
     store, # Zarr store of spectra
     run, # run folder to make, or to resume
@@ -152,32 +152,44 @@ def train(
     objective:str="beta_tcvae", # objective of specnb.objectives
     recipe:PrepRecipe=PrepRecipe(), # preparation
     n_epoch:int=8, # passes over the training spectra
-    bs:int=32, # spectra in a batch
-    lr:float=3e-3, # peak learning rate
+    bs:int=32, lr:float=3e-3, # spectra in a batch; peak learning rate
     by:str="object", # keep these together when splitting: "object", "night", ...
-    valid:float=0.05, # share for validation
-    test:float=0.15, # share that training never sees
+    valid:float=0.05, test:float=0.15, # shares for validation, and that training never sees
     seed:int=0, # of split, weights, order and noise
+    starts:int=1, # trainings from different seeds, of which the lowest validation loss is kept
     precision:str="float32", # or "bfloat16"
     device:str=None # "cpu", "cuda", ...; None: a GPU if there is one
 ) -> Path: # the run folder
     "Train on a store and write a bundle; resumes an interrupted run. `RunError` for a folder with a run of other settings."
     run, ds = Path(run), open_store(store)
     settings = dict(store=os.path.relpath(Path(store).resolve(), run.resolve()), store_fingerprint=fingerprint(ds), net=net, objective=objective, recipe=json.loads(recipe.to_json()),
-                    n_epoch=n_epoch, bs=bs, lr=lr, by=by, valid=valid, test=test, seed=seed, precision=precision)
+                    n_epoch=n_epoch, bs=bs, lr=lr, by=by, valid=valid, test=test, seed=seed, starts=starts, precision=precision)
+    if starts < 1: raise ValueError(f"starts = {starts}: train once or more often")
     if _same_settings(run, settings): return run
     return _fit(ds, run, settings, recipe, device)
 
-# %% ../nbs/50_run.ipynb #7c31a1c4
+# %% ../nbs/50_run.ipynb #0a678e72
 def _fit(ds, run, s, recipe, device):
     "Fit by the settings `s`, then write history and bundle."
     split = split_by_object(ds, s["valid"], s["test"], s["seed"], s["by"])
     dls = spectrum_dataloaders(ds, recipe, split=split, bs=s["bs"], seed=s["seed"], device=device)
-    learn = spectrum_learner(dls, s["net"], s["objective"], lr=s["lr"], seed=s["seed"], precision=s["precision"], path=run)
-    history = fit_resumable(learn, s["n_epoch"], run / "checkpoints", s["lr"])
+    def make(seed): return spectrum_learner(dls, s["net"], s["objective"], lr=s["lr"], seed=seed, precision=s["precision"], path=run)
+    learn, history = _fit_once(make, run, s) if s["starts"] == 1 else _fit_several(make, run, s)
     history.to_csv(run / "history.csv", index=False)
     extra = dict(run={**s, "versions": versions(), "train_rows": len(dls.train.dataset)})
     return save_bundle(run, learn.model, wavelength=dls.train.dataset.wavelength, recipe=recipe, objective=objective_settings(s["objective"]), extra=extra)
+
+# %% ../nbs/50_run.ipynb #d8bc14b1
+def _fit_once(make, run, s):
+    learn = make(s["seed"])
+    return learn, fit_resumable(learn, s["n_epoch"], run / "checkpoints", s["lr"])
+
+def _fit_several(make, run, s):
+    "The best of several starts and its history; the table of all goes to starts.csv."
+    learn, table = fit_starts(make, [s["seed"] + 1000 * k for k in range(s["starts"])], s["n_epoch"], run / "checkpoints", s["lr"])
+    table.to_csv(run / "starts.csv", index=False)
+    best = load_checkpoint(run / "checkpoints" / f"start-{table.seed[table.kept].item()}" / "checkpoint.pt")
+    return learn, pd.DataFrame(best["history"])
 
 # %% ../nbs/50_run.ipynb #92cd401b
 def encode(
@@ -262,7 +274,7 @@ def write_pages(
     (opened.path / "report.html").write_text(page, encoding="utf-8")
     (opened.path / "inspect.ipynb").write_text(json.dumps(inspect_notebook(), indent=1), encoding="utf-8")
 
-# %% ../nbs/50_run.ipynb #424b7b29
+# %% ../nbs/50_run.ipynb #4533560f
 def read_dropped(
     name:str, # of the file; a caption, never opened
     data:bytes, # its content
@@ -277,6 +289,7 @@ def read_dropped(
     known = {n: [v] for n, v in parts.coords.items() if isinstance(v, (int, float, str)) and n not in ("spectrum_id", "source_file")}
     return make_spectra(flux[None], ivar[None], grid.wavelength, [name], medium=grid.medium, frame=grid.frame, coords=known)
 
+# %% ../nbs/50_run.ipynb #ee5fb455
 def save_selection(
     run, # run folder, or an open run
     ids # (n,) spectrum_id of the selection
@@ -326,7 +339,7 @@ def inspect(
     for part in ("latents", "dimensions", "association", "decode"): getattr(opened, part) # a missing part is an error before the server starts
     return serve(lambda: inspect_app(opened, other), port=port, show=show)
 
-# %% ../nbs/50_run.ipynb #72be075e
+# %% ../nbs/50_run.ipynb #48acae4d
 def repeat(
     run, # run folder to repeat
     new, # folder for the new run
@@ -337,7 +350,7 @@ def repeat(
     s = dict(opened.config["extra"]["run"])
     if opened.store is None: raise RunError(f"the store {s['store']} of {opened.path} is not where it was: put it back")
     if fingerprint(open_store(opened.store)) != s["store_fingerprint"]: raise RunError(f"{opened.store} has changed since {opened.path} was trained on it: repeat needs the same spectra")
-    keep = {k: s[k] for k in ("net", "objective", "n_epoch", "bs", "lr", "by", "valid", "test", "seed", "precision")}
+    keep = {k: s[k] for k in ("net", "objective", "n_epoch", "bs", "lr", "by", "valid", "test", "seed", "starts", "precision")}
     return train(opened.store, new, **{**keep, "recipe": opened.bundle.recipe, **changes})
 
 # %% ../nbs/50_run.ipynb #8b792a11

@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import SuggestionMethod
 from safetensors.torch import load_file, save_file
 
 from specnb.callbacks import DisentangleCallback, beta_at
-from specnb.learner import (Checkpoint, fit_resumable, history_frame, load_bundle, load_checkpoint, run_identity, save_bundle, spectrum_learner)
+from specnb.learner import (Checkpoint, fit_resumable, fit_starts, history_frame, load_bundle, load_checkpoint, run_identity, save_bundle, spectrum_learner)
 from specnb.loader import spectrum_dataloaders
 from specnb.nets import net_config
 from specnb.objectives import OBJECTIVES, objective_settings
+from specnb.prep import split_by_object
+from specnb.simulate import sample_survey
 from specnb.spectra import open_store, save_store
+from specnb.wave import log_grid
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +123,18 @@ def test_bfloat16_learns_and_codes_stay_close(dls):
     assert all(p.dtype == torch.float32 for p in learners[1].model.parameters())
 
 
+def test_empty_sky_among_the_validation_spectra_does_not_swamp_the_divergence():
+    "Noise about zero, whose median is next to nothing, in a model that never saw the like."
+    ds = sample_survey(160, 1, 3, log_grid(5160, 5360, 1024))
+    split = split_by_object(ds, 0.1, 0.1, 0)
+    flux, sky = ds.flux.values.copy(), np.flatnonzero(split.values == "valid")[:2]
+    flux[sky] = 1e-4 + 0.01 * np.random.default_rng(0).normal(size=(2, 1024))
+    dls = spectrum_dataloaders(ds.assign(flux=(ds.flux.dims, flux, ds.flux.attrs)), split=split, bs=32, device="cpu")
+    learn = spectrum_learner(dls, "demo")
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4)
+    assert (history_frame(learn).kl < 1e4).all()
+
+
 def test_nan_stops_before_the_step_and_names_the_row(dls):
     learn = spectrum_learner(dls, "tiny")
     learn.create_opt()
@@ -172,6 +188,21 @@ def test_resume_from_a_streamed_store_is_bit_identical(survey, tmp_path):
     resumed = spectrum_learner(loaders(), "tiny")
     fit(resumed, tmp_path/"run", n_epoch=3)
     assert equal_states(straight, resumed)
+
+
+def test_starts_resume_and_keep_the_lowest_validation_loss(dls, tmp_path):
+    "The second call finds every start done; seeds that repeat count once."
+    def make(seed):
+        learn = spectrum_learner(dls, "tiny", seed=seed)
+        learn.logger = lambda *row: None
+        return learn.remove_cb(ProgressCallback)
+    fit_resumable(make(4), 2, tmp_path/"start-4")
+    kept, table = fit_starts(make, [4, 5, 5, 6], 2, tmp_path)
+    assert list(table.seed) == [4, 5, 6] and table.kept.sum() == 1
+    assert table.valid_loss[table.kept].item() == table.valid_loss.min()
+    again, repeated = fit_starts(make, [4, 5, 6], 2, tmp_path)
+    assert equal_states(kept, again) and repeated.equals(table)
+    with pytest.raises(ValueError, match="no seeds"): fit_starts(make, [], 2, tmp_path)
 
 
 @pytest.mark.parametrize("change, field", [(dict(seed=5), "seed"), (dict(objective="beta_vae"), "objective"), (dict(wd=0.5), "wd")])
