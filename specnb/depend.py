@@ -10,7 +10,7 @@ __all__ = ['ordinal_ranks', 'mutual_information', 'mutual_information_matrix', '
            'without_trend', 'conditional_mutual_information', 'local_permutation', 'conditional_association',
            'confounder_view']
 
-# %% ../nbs/30_depend.ipynb #54fba958
+# %% ../nbs/30_depend.ipynb #cc71ffbb
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -18,10 +18,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from numba import njit
-from scipy.interpolate import BSpline
-from scipy.special import digamma, ndtri
+from scipy.special import digamma, ndtri, stdtrit
 from scipy.spatial import cKDTree
-from scipy.stats import t as student_t
 from fastcore.basics import patch
 
 # %% ../nbs/30_depend.ipynb #c619141b
@@ -746,7 +744,7 @@ def _estimates(
     rows = np.concatenate([units.order[s:s + m] for s, m in zip(units.start, units.size)])
     return np.stack([mi, spearman_matrix(x[rows], y[rows], np.repeat(1 / units.size, units.size))])
 
-# %% ../nbs/30_depend.ipynb #98c8729b
+# %% ../nbs/30_depend.ipynb #effe9039
 def _with_interval(
     x:np.ndarray, y:np.ndarray, # (row, latent) and (row, label) complete
     units:Units, # groups of these rows
@@ -761,7 +759,7 @@ def _with_interval(
         inner = ks if units.n_groups >= 2 * (ks[-1] + 2) else ks[:1]      # halves too small to extrapolate
         part = lambda groups: scale(_estimates(x, y, units.take(groups), inner, discrete, seed))
         error, freedom = subsample_error(part, units.n_groups, np.random.default_rng((seed, 99)))
-        reach = error * student_t.ppf(0.5 + level / 2, freedom)
+        reach = error * stdtrit(freedom, 0.5 + level / 2)
         reach[0] += np.abs(estimate - _estimates(x, y, units, ks[:1], discrete, seed))[0] / 3
         low, high = scale(estimate) - reach, scale(estimate) + reach
     return {"mi": estimate[0], "spearman": estimate[1], "mi_low": low[0], "mi_high": high[0],
@@ -907,11 +905,12 @@ def matrix_frame(
     frame = frame[first + [c for c in frame.columns if c not in first]]
     return frame.sort_values("mi", ascending=False, ignore_index=True) if sort else frame
 
-# %% ../nbs/30_depend.ipynb #e8b9e8b7
+# %% ../nbs/30_depend.ipynb #c9301357
 def _trend_columns(
     z:np.ndarray, # (row, condition) what is given
 )->np.ndarray: # (row, column)
     "Smooth functions of the conditions: normal scores and, where there are rows enough, cubic splines and products."
+    from scipy.interpolate import BSpline               # imported here: it takes a third of a second, which most never need
     n, m = z.shape
     ranks = np.stack([(average_ranks(c) + 0.5) / n for c in z.T], 1)
     scores = ndtri(ranks)
