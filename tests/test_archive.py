@@ -444,7 +444,8 @@ def test_token_goes_to_the_file_server_only(server, tmp_path):
 def test_stopped_at_any_moment_the_same_call_resumes(server, tmp_path, contents, how):
     for name in contents: server.faults[name] = [("slow", 8192, 0.05)]
     code = f"from specnb.archive import download; download({list(contents)!r}, {str(tmp_path)!r}, file_url={server.file_url!r}, progress=False)"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)              # also where a shell in the background has its children ignore Ctrl-C
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, preexec_fn=heed)
     deadline = time.monotonic() + 60
     while sum(p.stat().st_size for p in tmp_path.glob("*.part")) < 60_000 and time.monotonic() < deadline: time.sleep(0.02)
     process.send_signal(how)

@@ -147,9 +147,15 @@ def test_mended_file_leaves_the_refusals(night, tmp_path):
     assert "cut.fits" not in (tmp_path / "n.refusals.csv").read_text()
 
 
+def heed_interrupts():
+    "A shell that runs this in the background has its children ignore Ctrl-C; the process under test must not."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(code, *args, **kwargs):
     "A python process that ingests."
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs)
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            preexec_fn=heed_interrupts if os.name == "posix" else None, **kwargs)
 
 
 SLOW = """

@@ -107,6 +107,7 @@ import sys, os, signal
 from specnb import run
 from fastai.callback.core import Callback
 from specnb import learner
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell that runs this in the background has its children ignore Ctrl-C
 class Kill(Callback):
     order = 80
     def after_epoch(self):
