@@ -7,8 +7,8 @@ __all__ = ['ordinal_ranks', 'mutual_information', 'mutual_information_matrix', '
            'linfoot', 'histogram_information', 'pearson_matrix', 'spearman_matrix', 'Units', 'make_units', 'rank_bins',
            'tested_statistics', 'row_weights', 'permutation_p', 'family_wise_p', 'benjamini_hochberg',
            'subsample_error', 'latent_table', 'label_table', 'group_codes', 'association', 'matrix_frame',
-           'without_trend', 'conditional_mutual_information', 'local_permutation', 'conditional_association',
-           'confounder_view']
+           'rank_splines', 'without_trend', 'conditional_mutual_information', 'local_permutation',
+           'conditional_association', 'confounder_view']
 
 # %% ../nbs/30_depend.ipynb #cc71ffbb
 from concurrent.futures import ThreadPoolExecutor
@@ -905,19 +905,27 @@ def matrix_frame(
     frame = frame[first + [c for c in frame.columns if c not in first]]
     return frame.sort_values("mi", ascending=False, ignore_index=True) if sort else frame
 
-# %% ../nbs/30_depend.ipynb #c9301357
+# %% ../nbs/30_depend.ipynb #ea5280e1
+def rank_splines(
+    ranks:np.ndarray, # (row, column) from 0 to 1
+    n_knots:int, # equally spaced from 0 to 1
+)->np.ndarray: # (row, column times (knots + 2))
+    "Cubic B-splines of every column."
+    from scipy.interpolate import BSpline               # imported here: it takes a third of a second, which most never need
+    knots = np.r_[[0] * 3, np.linspace(0, 1, n_knots), [1] * 3]
+    return np.concatenate([BSpline.design_matrix(r, knots, 3).toarray() for r in ranks.T], 1)
+
+# %% ../nbs/30_depend.ipynb #303b80bb
 def _trend_columns(
     z:np.ndarray, # (row, condition) what is given
 )->np.ndarray: # (row, column)
     "Smooth functions of the conditions: normal scores and, where there are rows enough, cubic splines and products."
-    from scipy.interpolate import BSpline               # imported here: it takes a third of a second, which most never need
     n, m = z.shape
     ranks = np.stack([(average_ranks(c) + 0.5) / n for c in z.T], 1)
     scores = ndtri(ranks)
     columns = [np.ones((n, 1)), scores]
     if n >= 10 * (9 * m + m * (m - 1) // 2):
-        knots = np.r_[[0] * 3, np.linspace(0, 1, 6), [1] * 3]
-        columns += [BSpline.design_matrix(r, knots, 3).toarray() for r in ranks.T]
+        columns += [rank_splines(ranks, 6)]
         columns += [scores[:, [i]] * scores[:, [j]] for i in range(m) for j in range(i)]
     return np.concatenate(columns, 1)
 

@@ -7,16 +7,15 @@ __all__ = ['RATE_CUT', 'SIGNAL_CUT', 'TAIL_CUT', 'JITTER_CUT', 'LOSS_FLOOR', 'IC
            'node_statistics', 'dead_cut', 'effective_rank', 'shuffle_loss', 'noise_null', 'node_votes', 'consensus',
            'intraclass_correlation', 'variance_shares', 'beyond_labels', 'informative_nodes']
 
-# %% ../nbs/31_dims.ipynb #aa7d162a
+# %% ../nbs/31_dims.ipynb #b7683ab6
 import numpy as np
 import xarray as xr
 from scipy.spatial import cKDTree
-from scipy.interpolate import BSpline
 from scipy.special import ndtri
 from scipy.stats import f as fisher_f, t as student_t
 from sklearn.model_selection import GroupKFold
 
-from .depend import _as_number, average_ranks, benjamini_hochberg, group_codes, label_table, latent_table, make_units, row_weights
+from .depend import _as_number, average_ranks, benjamini_hochberg, group_codes, label_table, latent_table, make_units, rank_splines, row_weights
 
 # %% ../nbs/31_dims.ipynb #1469e6cc
 def weighted_quantile(
@@ -250,16 +249,16 @@ def _cosines(linear, n_features, scales, among, rng):
     directions *= rng.random(directions.shape).argsort(0).argsort(0) < among
     return np.cos(linear @ directions + rng.uniform(0, 2 * np.pi, n_features))
 
-# %% ../nbs/31_dims.ipynb #0e7d4aa7
+# %% ../nbs/31_dims.ipynb #f5ff78bf
 def _label_features(
     known:np.ndarray, # (row, label), NaN where missing
     rng:np.random.Generator, n_features:int=200, # random combinations
 )->list: # of (row, feature); the first columns of all: a constant and the labels' normal scores
     "Four sets of functions of the labels."
     linear, ranks = _label_scores(known)
-    n_labels, knots = known.shape[1], np.r_[[0] * 3, np.linspace(0, 1, 13), [1] * 3]
+    n_labels = known.shape[1]
     smooth = _cosines(linear[:, 1:], n_features, [0.3, 0.7, 1.5, 3.0], linear.shape[1] - 1, rng)
-    splines = np.concatenate([BSpline.design_matrix(r, knots, 3).toarray() for r in ranks.T], 1)
+    splines = rank_splines(ranks, 13)
     pairs = _cosines(linear[:, 1:1 + n_labels], n_features // 2, [0.7, 1.5, 3.0], min(2, n_labels), rng)
     return [np.concatenate([linear, *more], 1) for more in ((smooth,), (splines,), (splines, pairs), (smooth, splines, pairs))]
 
