@@ -249,7 +249,7 @@ def fit_resumable(
     learn.fit_one_cycle(n_epoch, lr, start_epoch=start, cbs=Checkpoint(path, identity, earlier), **kwargs)
     return history_frame(learn, earlier)
 
-# %% ../nbs/24_learner.ipynb #346df3ab
+# %% ../nbs/24_learner.ipynb #26750b82
 def fit_starts(
     make, # callable: seed -> untrained learner of `spectrum_learner`
     seeds, # one a start
@@ -257,17 +257,17 @@ def fit_starts(
     folder, # where the checkpoints are kept, a folder a start
     lr:float|None=None, # peak learning rate; None: the learners' own
     **kwargs, # passed on to `fit_one_cycle`
-)->tuple: # the learner that is kept; table with seed, valid_loss and the other terms at the last epoch, and kept (bool)
+)->tuple: # the learner that is kept; its history, one row an epoch; table with seed, valid_loss and the other terms at the last epoch, and kept (bool)
     "Train from several seeds and keep the lowest validation loss; resumable. ValueError without seeds."
     best, rows = None, []
     for seed in dict.fromkeys(int(s) for s in seeds):
         learn = make(seed)
         history = fit_resumable(learn, n_epoch, Path(folder)/f"start-{seed}", lr, **kwargs)
         rows.append(dict(seed=seed, **history.iloc[-1].drop("epoch")))
-        if best is None or rows[-1]["valid_loss"] < best[0]: best = rows[-1]["valid_loss"], seed, learn
+        if best is None or rows[-1]["valid_loss"] < best[0]: best = rows[-1]["valid_loss"], seed, learn, history
     if best is None: raise ValueError("no seeds: give one a start")
     table = pd.DataFrame(rows)
-    return best[2], table.assign(kept=table.seed == best[1])
+    return best[2], best[3], table.assign(kept=table.seed == best[1])
 
 # %% ../nbs/24_learner.ipynb #2bc8523c
 BUNDLE_FORMAT = 1

@@ -7,7 +7,7 @@ __all__ = ['RunError', 'Run', 'open_run', 'simulate', 'wanted_grid', 'ingest', '
            'findings', 'write_pages', 'read_dropped', 'save_selection', 'inspect_app', 'inspect', 'repeat', 'demo',
            'summary', 'download']
 
-# %% ../nbs/50_run.ipynb #1613efcf
+# %% ../nbs/50_run.ipynb #9dff61ef
 import json, os, platform, shutil
 from functools import cached_property
 from hashlib import sha256
@@ -25,7 +25,7 @@ from .encode import decoder, encode as encode_spectra
 from .eso import write_adp, write_s1d
 from .fits import SpectrumError, parts_of, read_spectrum
 from .ingest import Grid, IngestReport, ingest as ingest_spectra, match_medium, onto_grid
-from .learner import fit_resumable, fit_starts, load_bundle, load_checkpoint, objective_settings, save_bundle, spectrum_learner
+from .learner import fit_starts, load_bundle, objective_settings, save_bundle, spectrum_learner
 from .loader import spectrum_dataloaders
 from .prep import PrepRecipe, split_by_object
 from .report import inspect_notebook, report_html
@@ -168,28 +168,17 @@ def train(
     if _same_settings(run, settings): return run
     return _fit(ds, run, settings, recipe, device)
 
-# %% ../nbs/50_run.ipynb #0a678e72
+# %% ../nbs/50_run.ipynb #4596b25b
 def _fit(ds, run, s, recipe, device):
     "Fit by the settings `s`, then write history and bundle."
     split = split_by_object(ds, s["valid"], s["test"], s["seed"], s["by"])
     dls = spectrum_dataloaders(ds, recipe, split=split, bs=s["bs"], seed=s["seed"], device=device)
     def make(seed): return spectrum_learner(dls, s["net"], s["objective"], lr=s["lr"], seed=seed, precision=s["precision"], path=run)
-    learn, history = _fit_once(make, run, s) if s["starts"] == 1 else _fit_several(make, run, s)
+    learn, history, starts = fit_starts(make, [s["seed"] + 1000 * k for k in range(s["starts"])], s["n_epoch"], run / "checkpoints", s["lr"])
+    if len(starts) > 1: starts.to_csv(run / "starts.csv", index=False)
     history.to_csv(run / "history.csv", index=False)
     extra = dict(run={**s, "versions": versions(), "train_rows": len(dls.train.dataset)})
     return save_bundle(run, learn.model, wavelength=dls.train.dataset.wavelength, recipe=recipe, objective=objective_settings(s["objective"]), extra=extra)
-
-# %% ../nbs/50_run.ipynb #d8bc14b1
-def _fit_once(make, run, s):
-    learn = make(s["seed"])
-    return learn, fit_resumable(learn, s["n_epoch"], run / "checkpoints", s["lr"])
-
-def _fit_several(make, run, s):
-    "The best of several starts and its history; the table of all goes to starts.csv."
-    learn, table = fit_starts(make, [s["seed"] + 1000 * k for k in range(s["starts"])], s["n_epoch"], run / "checkpoints", s["lr"])
-    table.to_csv(run / "starts.csv", index=False)
-    best = load_checkpoint(run / "checkpoints" / f"start-{table.seed[table.kept].item()}" / "checkpoint.pt")
-    return learn, pd.DataFrame(best["history"])
 
 # %% ../nbs/50_run.ipynb #92cd401b
 def encode(

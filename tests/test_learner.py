@@ -197,11 +197,12 @@ def test_starts_resume_and_keep_the_lowest_validation_loss(dls, tmp_path):
         learn.logger = lambda *row: None
         return learn.remove_cb(ProgressCallback)
     fit_resumable(make(4), 2, tmp_path/"start-4")
-    kept, table = fit_starts(make, [4, 5, 5, 6], 2, tmp_path)
+    kept, history, table = fit_starts(make, [4, 5, 5, 6], 2, tmp_path)
     assert list(table.seed) == [4, 5, 6] and table.kept.sum() == 1
     assert table.valid_loss[table.kept].item() == table.valid_loss.min()
-    again, repeated = fit_starts(make, [4, 5, 6], 2, tmp_path)
-    assert equal_states(kept, again) and repeated.equals(table)
+    again, same, repeated = fit_starts(make, [4, 5, 6], 2, tmp_path)
+    assert equal_states(kept, again) and repeated.equals(table) and list(same.valid_loss) == list(history.valid_loss)
+    assert history.valid_loss.iloc[-1] == table.valid_loss.min()
     with pytest.raises(ValueError, match="no seeds"): fit_starts(make, [], 2, tmp_path)
 
 

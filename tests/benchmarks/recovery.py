@@ -78,7 +78,7 @@ def fit(dls, mode, seed, options, seconds=None):
     if mode == "paper": (learn := make(seed)).fit(10_000, settings["lr"], cbs=StopAfter(seconds))
     else:
         with tempfile.TemporaryDirectory() as folder:
-            learn, starts = fit_starts(make, [1000*k + seed for k in range(options.starts)], options.epochs or settings["epochs"], folder)
+            learn, _, starts = fit_starts(make, [1000*k + seed for k in range(options.starts)], options.epochs or settings["epochs"], folder)
         if options.starts > 1: print(starts[["seed", "valid_loss", "reconstruction", "kl", "kept"]].round(4).to_string(index=False), flush=True)
     return learn, time.perf_counter() - clock, time.process_time() - cpu, learn.epoch + learn.iter/len(dls.train) if mode == "paper" else learn.n_epoch
 
