@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TEXT', 'Inspector', 'Keys', 'inspector', 'serve']
 
-# %% ../nbs/41_app.ipynb #b030383b
+# %% ../nbs/41_app.ipynb #a3281bd0
 import asyncio
 import ipaddress
 import socket
 import webbrowser
+from html import escape
 from io import BytesIO, StringIO
 import holoviews as hv
 import numpy as np
@@ -169,11 +170,11 @@ def slider_view(
 @patch
 def _caption(self:Inspector): return self.guest["name"] if self.guest is not None else self.ids()[self.row]
 
-# %% ../nbs/41_app.ipynb #a3288d70
+# %% ../nbs/41_app.ipynb #47b9a6fd
 @patch
 def _remember(self:Inspector, name, plot):
     "Keep a plot that is on the screen, and give it the range of its lines when spectrum or node is new."
-    key, place = (self.row, id(self.guest), self.node if name == "slope" else None), (name, id(plot))
+    key, place = (self.row, self._guest_key(), self.node if name == "slope" else None), (name, id(plot))
     if place in self._drawn and self._drawn[place][0] != key:
         values = [self.slope()] if name == "slope" else [values for values, *_ in self.spectrum_lines().values()]
         values = np.nan_to_num(np.concatenate(values))
@@ -194,14 +195,14 @@ def _redraw(self:Inspector, name):
         source.data = {column: x if column == "wavelength" else y for column in source.data}
         plot.push()
 
-# %% ../nbs/41_app.ipynb #f5d532cc
+# %% ../nbs/41_app.ipynb #85299942
 TEXT = "label" if "label" in pn.widgets.FloatSlider.param else "name"   # Panel has renamed the words on a widget and its colour
 
 _STRONG = {"color" if "color" in pn.widgets.Button.param else "button_type": "primary"}
 
 def _widget(kind, text, **settings): return kind(**{TEXT: text}, **settings)
 
-def _safe(text): return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def _safe(text): return escape(str(text))
 
 @patch
 def slider_name(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['shared_spectra', 'matched_nodes', 'match_matrix', 'histories_view', 'histories_figure', 'comparison']
 
-# %% ../nbs/43_compare.ipynb #e27a1805
+# %% ../nbs/43_compare.ipynb #93f80d77
+from html import escape
 import holoviews as hv
 import numpy as np
 import pandas as pd
@@ -94,7 +95,7 @@ def histories_figure(
     ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-# %% ../nbs/43_compare.ipynb #025ff9bb
+# %% ../nbs/43_compare.ipynb #40eb8326
 def comparison(
     latents_a:xr.Dataset,         # (spectrum, latent)
     latents_b:xr.Dataset,         # (spectrum, latent)
@@ -108,9 +109,7 @@ def comparison(
     losses = pane(histories_view(*histories, names))
     try: table, square = matched_nodes(latents_a, latents_b, *dimensions), match_matrix(latents_a, latents_b, *dimensions, names)
     except ValueError as error: return pn.Column(losses, pane(empty_view(f"The nodes cannot be matched: {error}")), sizing_mode="stretch_width")
-    words = pn.pane.HTML(f"<h3>Nodes of {_plain(names[0])} and their partners in {_plain(names[1])}</h3>{table['n'].iloc[0]:,} common spectra. A runner-up near the strength means that the partner is not unique.")
+    words = pn.pane.HTML(f"<h3>Nodes of {escape(names[0])} and their partners in {escape(names[1])}</h3>{table['n'].iloc[0]:,} common spectra. A runner-up near the strength means that the partner is not unique.")
     rows = pn.widgets.Tabulator(table.drop(columns="n").round(3), disabled=True, show_index=False, layout="fit_data_table", theme="simple", height=300, width=430)
     beside = pn.FlexBox(pn.Column(pane(correlation_matrix(square, order="number")), width=620), rows, sizing_mode="stretch_width")
     return pn.Column(words, beside, losses, sizing_mode="stretch_width")
-
-def _plain(text): return str(text).replace("&", "&amp;").replace("<", "&lt;")

@@ -268,7 +268,7 @@ def nearest(
     except ValueError as error: self.message = f"No neighbours: {error}"
     return pd.DataFrame({"spectrum_id": [], "distance": []})
 
-# %% ../nbs/40_session.ipynb #a7b6e4a7
+# %% ../nbs/40_session.ipynb #752e65fc
 @patch
 def _judged(self:Session):
     "Latents and names that novelty needs, the guest as the last row."
@@ -282,6 +282,9 @@ def _judged(self:Session):
     return xr.concat([bare, extra], "spectrum", join="override", coords="minimal", compat="override")
 
 @patch
+def _guest_key(self:Session): return None if self.guest is None else (self.guest["name"], self.start.tobytes())
+
+@patch
 def strangeness(
     self:Session,
     false_alarm:float=0.01, # share of ordinary spectra that may be called novel
@@ -292,7 +295,7 @@ def strangeness(
         groups = "object" if "object" in bare.coords else np.arange(bare.sizes["spectrum"]).astype(str)
         n_stars = len(np.unique(bare["object"].values)) if "object" in bare.coords else len(groups)
         return novelty(bare, groups, false_alarm=max(false_alarm, 2 / n_stars), nodes=[self.places[node] for node in self.nodes])
-    return self._keep("strangeness", (false_alarm, id(self.guest)), make)
+    return self._keep("strangeness", (false_alarm, self._guest_key()), make)
 
 # %% ../nbs/40_session.ipynb #3e999a71
 @patch

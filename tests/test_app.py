@@ -151,6 +151,19 @@ def test_a_dropped_spectrum_becomes_the_query(tmp_path):
     assert look.choose("spec-002") and look.guest is None and np.array_equal(look.code, look.mean[2].astype(float))
 
 
+def test_the_verdict_is_about_the_guest_who_is_there():
+    look = app.inspector(**parts())
+    ordinary, strange = look.mean[3].astype(float), look.mean[3] + np.array([40., 0, 0, 0])
+    def meet(name, code):
+        latents = look.latents[["mean", "sigma", "chi2"]].isel(spectrum=[3]) if "chi2" in look.latents else look.latents[["mean", "sigma"]].isel(spectrum=[3])
+        look.guest = dict(name=name, spectrum=look.observed(3), latents=latents.assign(mean=(("spectrum", "latent"), code[None])))
+        p = float(look.strangeness()["p_latent"].iloc[-1])
+        look.guest = None
+        return p
+    found = [meet(f"{i}.fits", code) for i in range(20) for code in (ordinary, strange)]
+    assert min(found[::2]) > 0.2 > 0.05 > max(found[1::2]), found
+
+
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe", "[]", "{}", '{"specnb": 2}', '{"specnb": 1, "file": "/etc/passwd"}', '{"specnb": 1, "code": [1, 2]}', '{"specnb": 1, "code": [NaN, 0, 0, 0]}',
                                   '{"specnb": 1, "spectrum": "../../x"}', '{"specnb": 1, "node": true}', '{"specnb": 1, "chosen": [["a"]]}', "[" * 100_000])
 def test_a_bad_saved_view_is_a_message_and_changes_nothing(text):
