@@ -126,7 +126,7 @@ class KeepProjections(Callback):
         rows, positions = self.kept.get(self.dl.dataset) if hasattr(self, "kept") else None, getattr(self.dl, "positions", None)
         if rows is not None and positions is not None: self.learn.xb = (rows[positions],)
 
-# %% ../nbs/24_learner.ipynb #b78e4c94
+# %% ../nbs/24_learner.ipynb #96e7c05f
 def spectrum_learner(
     dls, # of `spectrum_dataloaders`
     net:str|NetConfig|SpectrumNetwork="demo", # preset, settings, or a network that goes on training
@@ -136,13 +136,14 @@ def spectrum_learner(
     wd:float=0.01, # weight decay
     seed:int=0, # of weights, noise and order
     precision:str="float32", # or "bfloat16": matrix products in half the width
+    convolutions:str="auto", checkpoint_rows:int|None=None, # how they are computed, as in `set_compute`
     cbs=(), # further callbacks
     path=None, # where fastai keeps its files; None: the current folder
     **kwargs, # passed on to `Learner`
 )->Learner: # ready for fit_one_cycle, lr_find, show_results
     "A fastai `Learner` for spectra; raises ValueError where network and grid do not fit."
     objective = objective_settings(objective)
-    model = _fresh_network(net, dls.train.dataset, seed).set_precision(precision)
+    model = _fresh_network(net, dls.train.dataset, seed).set_compute(precision, convolutions, checkpoint_rows)
     _check_length(model, dls)
     model.fit_frontend(dls.train.new(shuffle=True, device="cpu"))
     own = [DisentangleCallback(objective), EpochSeed(seed), StopOnNaN(), GradientClip(1.), FitAxes()]

@@ -8,7 +8,7 @@ __all__ = ['START_ROWS', 'PRESETS', 'NetConfig', 'check_config', 'FluxFrontEnd',
            'lowrank_decoder', 'ConvDecoder', 'independent_axes', 'SpectrumVAE', 'whitened_components',
            'continuum_components', 'DopplerNetwork', 'net_config', 'build_network']
 
-# %% ../nbs/21_nets.ipynb #0c562b50
+# %% ../nbs/21_nets.ipynb #7e66f923
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,6 +19,7 @@ from torch import nn
 
 from .axes import IndependentAxes
 from .doppler import FrameAligner, LinearPart, align, fit_aligner, fit_part, shift_errors, shift_rows, significant
+from .stack import stack, three_taps
 
 # %% ../nbs/21_nets.ipynb #858af63a
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def _fit_components(self:LineFrontEnd, batches):
     weight = values**-self.whitening
     self.gain[:n] = (weight*values.sum()/(weight*values).sum()).sqrt().float()
 
-# %% ../nbs/21_nets.ipynb #76413bbc
+# %% ../nbs/21_nets.ipynb #68003703
 class SpectrumNetwork(nn.Module):
     "A front end, an encoder to normal distributions, and a decoder."
     n_built_in = 0 # the first nodes that are not learned but built in; no objective touches them
@@ -252,7 +253,8 @@ class SpectrumNetwork(nn.Module):
         config:NetConfig, # settings
     ):
         super().__init__()
-        self.config, self.precision = check_config(config), "float32"
+        self.config = check_config(config)
+        self.set_compute()
         lowpass = config.n_pixels / 128 if config.lowpass is None else config.lowpass
         self.frontend = LineFrontEnd(config.n_pixels, lowpass, config.floor, config.continuum_weight, config.continuum_whitening) if config.frontend == "lines" else FluxFrontEnd()
 
@@ -311,15 +313,30 @@ def forward(self:SpectrumNetwork,
     counted = self.frontend.emphasise(torch.where(weight > 0, channels, target))
     return self.frontend.inverse(channels), mean, logvar, z, counted, self.frontend.emphasise(target), weight
 
-# %% ../nbs/21_nets.ipynb #271fcc62
+# %% ../nbs/21_nets.ipynb #5aff4f40
+_PRECISIONS, _WAYS, _LONG = ("float32", "bfloat16"), ("auto", "stack", "plain"), 65_536 # a stack pays from this length on [pixel]
+
 @patch
-def set_precision(self:SpectrumNetwork,
-    precision:str="float32", # or "bfloat16"
+def set_compute(self:SpectrumNetwork,
+    precision:str="float32", # or "bfloat16": width of products and activations inside the layers
+    convolutions:str="auto", # "stack": as page 20 arranges them; "plain": as PyTorch does; "auto": by device and length
+    checkpoint_rows:int|None=None, # spectra whose activations are held at a time in the backward pass of a stack; None: all
 )->SpectrumNetwork: # itself
-    "Choose the width of matrix products inside the layers."
-    if precision not in ("float32", "bfloat16"): raise ValueError(f"precision={precision!r} is not known: use 'float32' or 'bfloat16'")
-    self.precision = precision
+    "Choose how the same function is computed; raises ValueError for a word that is not known."
+    for name, value, allowed in (("precision", precision, _PRECISIONS), ("convolutions", convolutions, _WAYS)):
+        if value not in allowed: raise ValueError(f"{name}={value!r} is not known: use one of {allowed}")
+    if checkpoint_rows is not None and not (isinstance(checkpoint_rows, int) and checkpoint_rows > 0): raise ValueError(f"checkpoint_rows={checkpoint_rows!r}: use None or an integer above 0")
+    self.precision, self.convolutions, self.checkpoint_rows = precision, convolutions, checkpoint_rows
     return self
+
+@patch
+def compute_settings(self:SpectrumNetwork,
+    device="cpu", # where it runs
+)->dict: # precision, convolutions, checkpoint_rows
+    "What `set_compute` chose, with \"auto\" worked out for a device."
+    chosen = self.convolutions if self.convolutions != "auto" else "stack" if torch.device(device).type == "cpu" and self.config.n_pixels >= _LONG else "plain"
+    if self.config.family != "paper": chosen = "plain" # other families have no tower of convolutions
+    return dict(precision=self.precision, convolutions=chosen, checkpoint_rows=self.checkpoint_rows if chosen == "stack" else None)
 
 # %% ../nbs/21_nets.ipynb #7244a049
 _PAPER_STAGES = ((16, 7, 2), (16, 5, 2), (16, 5, 2), (32, 3, 2), (32, 3, 2), (32, 3, 2), (64, 3, 2), (64, 3, 2), (64, 3, 2),
@@ -354,24 +371,32 @@ class PaperNetwork(SpectrumNetwork):
         self.fc2 = nn.Linear(config.n_latent, math.prod(self.bottleneck))
         self.predict0 = nn.Conv1d(self.frontend.n_channels, self.frontend.n_channels, 3, padding=1)
 
-# %% ../nbs/21_nets.ipynb #681ba639
+# %% ../nbs/21_nets.ipynb #26decbde
+@patch
+def _tower(self:PaperNetwork, x, names):
+    "Convolutions by name, each with its rectifier."
+    blocks, chosen = [self.get_submodule(name) for name in names], self.compute_settings(x.device)
+    if chosen["convolutions"] == "plain": return nn.Sequential(*blocks)(x)
+    return stack(x, [block[0] for block in blocks], dtype=getattr(torch, self.precision), rows=self.checkpoint_rows)
+
+# %% ../nbs/21_nets.ipynb #f8f7986e
 @patch
 def encode_channels(self:PaperNetwork,
     channels:torch.Tensor, # (batch, channel, pixel)
 )->tuple[torch.Tensor, torch.Tensor]: # mean and log variance, each (batch, latent)
     "From channels to the code."
     x = nn.functional.pad(channels, (0, self.n_padded - channels.shape[-1]))
-    for i in range(1, self.n_stages + 1): x = self.get_submodule(f"conv{i}")(x)
-    return self.fc11(x.flatten(1)), self.fc12(x.flatten(1))
+    x = self._tower(x, [f"conv{i}" for i in range(1, self.n_stages + 1)]).flatten(1)
+    return self.fc11(x), self.fc12(x)
 
 @patch
 def decode_channels(self:PaperNetwork,
     z:torch.Tensor, # (batch, latent)
 )->torch.Tensor: # (batch, channel, pixel)
     "From the code to channels."
-    x = self.fc2(z).unflatten(1, self.bottleneck)
-    for i in range(self.n_stages, 0, -1): x = self.get_submodule(f"deconv{i}")(x)
-    return self.predict0(x)[..., :self.config.n_pixels]
+    x = self._tower(self.fc2(z).unflatten(1, self.bottleneck), [f"deconv{i}" for i in range(self.n_stages, 0, -1)])
+    by_taps = x.shape[1] == 1 and self.compute_settings(x.device)["convolutions"] == "stack"
+    return (three_taps(x.float(), self.predict0) if by_taps else self.predict0(x))[..., :self.config.n_pixels]
 
 # %% ../nbs/21_nets.ipynb #0d998ac6
 def paper_network(
