@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT', 'Inspector', 'Keys', 'inspector', 'serve']
 
-# %% ../nbs/41_app.ipynb #a3281bd0
+# %% ../nbs/41_app.ipynb #991235e0
 import asyncio
 import ipaddress
 import socket
@@ -24,19 +24,19 @@ from panel.viewable import Viewer
 from scipy.stats import spearmanr
 from .desk import (
     calibrate_velocity, default_lines, lines_in_sight, neighbour_map, node_velocity, notebook_cell, principal_map, read_lines, read_state,
-    row_at, rows_inside, selection_table, votable, write_state)
+    row_at, rows_inside, selection_table, write_state)
 from .plots import (
     CRITERIA, DRAWING, PALETTE, STATISTICS, correlation_matrix, dimensions_view, empty_view, history_view, information_matrix,
     latent_scatter, masked_spans, neighbour_view, node_name, reduce_line, scatter_table, trace_panel)
 from .session import PERCENTS, Session
 from .wave import doppler_factor
 
-# %% ../nbs/41_app.ipynb #6882734c
+# %% ../nbs/41_app.ipynb #da02dcbd
 class Inspector(Session, Viewer):
     "The latent inspector; shows itself in a notebook and has `.servable()`."
-    def __init__(self, latents, association=None, dimensions=None, decode=None, *, history=None, lines=None, save_subset=None, tabs=None, title="latents", **parts):
+    def __init__(self, latents, association=None, dimensions=None, decode=None, *, history=None, lines=None, save_subset=None, write_votable=None, tabs=None, title="latents", **parts):
         super().__init__(latents, association, dimensions, decode, **parts)
-        self.history, self.save_subset, self.tabs, self.title = history, save_subset, tabs or {}, title
+        self.history, self.save_subset, self.write_votable, self.tabs, self.title = history, save_subset, write_votable, tabs or {}, title
         self._drawn, self._timers, self._tables, self._quiet = {}, {}, {}, False
         medium = "air" if self.wavelength is None else self.wavelength.attrs.get("medium", "air")
         self.lines, self.calibrations, self.units = default_lines(medium) if lines is None else lines, {}, {}
@@ -385,7 +385,7 @@ def verdict(
     return (f"<b>{_safe(self._caption())}</b> is <b>{_safe(row['kind'])}</b>: p = {row['p']:.2g} (isolation {row['p_latent']:.2g}, misfit {row['p_chi2']:.2g}). "
             f"At a false-alarm rate of {rate:.2g}, {table['novel'].sum():,} of {len(table):,} spectra are called novel; {table.attrs['expected_false_alarms']:.0f} would be by chance.")
 
-# %% ../nbs/41_app.ipynb #c6ec23da
+# %% ../nbs/41_app.ipynb #a6621e18
 @patch
 def embed(
     self:Inspector,
@@ -409,7 +409,7 @@ def take(
     rows = self.chosen if len(self.chosen) else np.arange(len(self.ids()))
     if kind == "py": return BytesIO(notebook_cell(self.ids()[rows]).encode())
     table = selection_table(self.latents, rows, self.nodes)
-    return BytesIO(votable(table) if kind == "vot" else table.to_csv(index=False).encode())
+    return BytesIO(self.write_votable(table) if kind == "vot" else table.to_csv(index=False).encode())
 
 # %% ../nbs/41_app.ipynb #bbf594bd
 @patch
@@ -672,12 +672,12 @@ def _map_tab(self:Inspector):
     for widget in (x, y, color): widget.param.watch(redraw, "value")
     return pn.Column(pn.Row(x, y, color, *plane), self._selection_row(), picture, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #ecf935f4
+# %% ../nbs/41_app.ipynb #c8d718ec
 @patch
 def _selection_row(self:Inspector):
     count = pn.pane.HTML(pn.bind(lambda rows: f"{len(rows):,} of {len(self.mean):,} selected", self.param.chosen), align="center")
     clear = _widget(pn.widgets.Button, "Clear selection", align="end", on_click=lambda event: self.param.update(chosen=np.empty(0, int)))
-    doors = [pn.widgets.FileDownload(callback=lambda kind=kind: self.take(kind), filename=f"selection.{kind}", **_STRONG, label=label, align="end")
+    doors = [pn.widgets.FileDownload(callback=lambda kind=kind: self.take(kind), filename=f"selection.{kind}", **_STRONG, label=label, align="end", visible=kind != "vot" or self.write_votable is not None)
              for kind, label in (("csv", "Save ids (CSV)"), ("vot", "VOTable"), ("py", "Notebook cell"))]
     store, said = _widget(pn.widgets.Button, "Write as a store", align="end", visible=self.save_subset is not None), pn.pane.HTML("", align="center")
     def write(event):
@@ -724,7 +724,7 @@ def __panel__(self:Inspector):
         self._layout = pn.Column(self._header(), warn, pn.Row(left, self._tabs, sizing_mode="stretch_width"), sizing_mode="stretch_width", margin=12)
     return self._layout
 
-# %% ../nbs/41_app.ipynb #862a317a
+# %% ../nbs/41_app.ipynb #1b064547
 def inspector(
     latents:xr.Dataset,          # `mean` (spectrum, latent), with labels as coordinates
     association:xr.Dataset=None, # (latent, label) from `specnb.depend.association`
@@ -739,12 +739,13 @@ def inspector(
     read_upload=None,            # (name, bytes) -> Dataset of one spectrum on the grid of the store
     encode=None,                 # Dataset of spectra -> latents
     save_subset=None,            # ids -> name of the store that was written
+    write_votable=None,          # table -> bytes of a VOTable
     tabs:dict=None,              # name -> Panel object: further tabs
     title:str="latents",         # above the page
 )->Inspector:                    # shows itself in a notebook; `.servable()` in an app
     "The latent inspector. Raises `ValueError` for parts that do not fit together."
     made = Inspector(latents, association, dimensions, decode, spectra=spectra, wavelength=wavelength, recipe=recipe, history=history, lines=lines,
-                     read_upload=read_upload, encode=encode, save_subset=save_subset, tabs=tabs, title=title)
+                     read_upload=read_upload, encode=encode, save_subset=save_subset, write_votable=write_votable, tabs=tabs, title=title)
     made.embed("PCA"), made.calibrate()
     return made
 

@@ -4,15 +4,12 @@
 
 # %% auto #0
 __all__ = ['principal_map', 'neighbour_map', 'calibrate_velocity', 'node_velocity', 'default_lines', 'read_lines',
-           'lines_in_sight', 'rows_inside', 'row_at', 'selection_table', 'votable', 'notebook_cell', 'write_state',
-           'read_state']
+           'lines_in_sight', 'rows_inside', 'row_at', 'selection_table', 'notebook_cell', 'write_state', 'read_state']
 
-# %% ../nbs/40_desk.ipynb #c4d46ab5
+# %% ../nbs/40_desk.ipynb #9928a326
 import importlib
 import json
-import re
 from io import StringIO
-from xml.sax.saxutils import escape, quoteattr
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -163,28 +160,6 @@ def selection_table(
     table = pd.DataFrame(columns)
     table.attrs["units"] = {str(name): str(part[name].attrs["units"]) for name in names if part[name].attrs.get("units")}
     return table
-
-# %% ../nbs/40_desk.ipynb #fe66f938
-_TYPES = {"f": "double", "i": "long", "u": "long", "b": "boolean"}
-
-def _field(place, name, column, unit):
-    kind = _TYPES.get(column.dtype.kind if hasattr(column.dtype, "kind") else "O")
-    kind = f'datatype="{kind}"' if kind else 'datatype="unicodeChar" arraysize="*"'
-    mark = str(name) if re.fullmatch(r"[A-Za-z_]\w*", str(name), re.A) else f"column_{place}"
-    return f"<FIELD ID='{mark}' name={quoteattr(_printable(name))} {kind}{f' unit={quoteattr(unit)}' if unit else ''}/>"
-
-def _printable(text): return "".join(letter for letter in str(text) if letter in "\t\n" or 0x20 <= ord(letter) < 0xd800 or 0xe000 <= ord(letter) < 0xfffe)
-
-def votable(
-    table:pd.DataFrame, # numbers, words and truths; attrs units
-)->bytes:               # a VOTable 1.3 document
-    "A table as VOTable, with units."
-    units = table.attrs.get("units", {})
-    fields = "".join(_field(place, name, table[name], units.get(name)) for place, name in enumerate(table))
-    cell = lambda value: "" if isinstance(value, float) and np.isnan(value) else repr(float(value)) if isinstance(value, float) else escape(_printable(value))
-    rows = "".join(f"<TR>{''.join(f'<TD>{cell(value)}</TD>' for value in row)}</TR>\n" for row in table.itertuples(index=False))
-    return (f'<?xml version="1.0" encoding="UTF-8"?>\n<VOTABLE version="1.3" xmlns="http://www.ivoa.net/xml/VOTable/v1.3">'
-            f'<RESOURCE><TABLE name="selection" nrows="{len(table)}">{fields}<DATA><TABLEDATA>\n{rows}</TABLEDATA></DATA></TABLE></RESOURCE></VOTABLE>\n').encode()
 
 # %% ../nbs/40_desk.ipynb #57ac5443
 def notebook_cell(

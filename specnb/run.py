@@ -4,36 +4,28 @@
 
 # %% auto #0
 __all__ = ['RunError', 'Run', 'open_run', 'simulate', 'wanted_grid', 'ingest', 'versions', 'train', 'encode', 'analyse',
-           'findings', 'write_pages', 'read_dropped', 'save_selection', 'inspect_app', 'inspect', 'repeat', 'demo',
-           'summary', 'download']
+           'findings', 'write_pages', 'read_dropped', 'save_selection', 'write_votable', 'inspect_app', 'inspect',
+           'repeat', 'demo', 'summary', 'download']
 
-# %% ../nbs/50_run.ipynb #9dff61ef
-import json, os, platform, shutil
+# %% ../nbs/50_run.ipynb #b30e90be
+import io, json, os, platform, shutil, warnings
 from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, pandas as pd, xarray as xr
 from fastcore.basics import patch
-from . import archive as archive_door
 from .app import inspector, serve
-from .catalogue import join_labels, read_table
 from .compare import comparison
 from .depend import association, matrix_frame
 from .dims import informative_nodes
-from .encode import decoder, encode as encode_spectra
-from .eso import write_adp, write_s1d
-from .fits import SpectrumError, parts_of, read_spectrum
-from .ingest import Grid, IngestReport, ingest as ingest_spectra, match_medium, onto_grid
-from .learner import fit_starts, load_bundle, objective_settings, save_bundle, spectrum_learner
-from .loader import spectrum_dataloaders
 from .prep import PrepRecipe, split_by_object
 from .report import inspect_notebook, report_html
 from .simulate import FACTORS, sample_factors, sample_survey, simulate as simulate_spectra
 from .spectra import fingerprint, make_spectra, open_store, save_store
 from .wave import linear_grid, log_grid
 
-# %% ../nbs/50_run.ipynb #403a1e9b
+# %% ../nbs/50_run.ipynb #acefaef9
 class RunError(ValueError):
     "A run folder lacks a part, or was made with other settings; the message names the file and the step that mends it."
 
@@ -47,9 +39,14 @@ class Run:
     @cached_property
     def config(self) -> dict: return json.loads(self._need("config.json", "train").read_text()) # settings of the run
     @cached_property
-    def bundle(self): self._need("model.safetensors", "train"); return load_bundle(self.path)
+    def bundle(self):
+        from specnb.learner import load_bundle
+        self._need("model.safetensors", "train")
+        return load_bundle(self.path)
     @cached_property
-    def decode(self): return decoder(self.bundle) # (n, latent) -> (n, wavelength) flux
+    def decode(self): # (n, latent) -> (n, wavelength) flux
+        from specnb.encode import decoder
+        return decoder(self.bundle)
     @cached_property
     def latents(self) -> xr.Dataset: return open_store(self._need("latents.zarr", "encode")).load()
     @cached_property
@@ -106,7 +103,7 @@ def simulate(
     survey = sample_survey(n_stars, exposures, seed, grid, random_labels=random_labels)
     return save_store(survey.assign_attrs(made), store, overwrite=overwrite)
 
-# %% ../nbs/50_run.ipynb #82882c53
+# %% ../nbs/50_run.ipynb #762d8cfd
 def wanted_grid(
     start:float=None, stop:float=None, # first and last wavelength [Angstrom]
     n_pixels:int=None, # of a logarithmic grid
@@ -124,8 +121,9 @@ def ingest(
     start:float=None, stop:float=None, n_pixels:int=None, step:float=None, # the grid, as in `wanted_grid`; default: the store's, or chosen from the files
     n_workers:int=None, # processes; None: one a core
     progress:bool=True # show a bar
-) -> IngestReport: # how many were read, and which were refused and why
+) -> "IngestReport": # how many were read, and which were refused and why
     "Read spectra into one store on one grid; a broken file never stops the others."
+    from specnb.ingest import ingest as ingest_spectra
     return ingest_spectra(paths, store, wanted_grid(start, stop, n_pixels, step), n_workers=n_workers, progress=progress)
 
 # %% ../nbs/50_run.ipynb #9637611d
@@ -168,9 +166,11 @@ def train(
     if _same_settings(run, settings): return run
     return _fit(ds, run, settings, recipe, device)
 
-# %% ../nbs/50_run.ipynb #4596b25b
+# %% ../nbs/50_run.ipynb #63770379
 def _fit(ds, run, s, recipe, device):
     "Fit by the settings `s`, then write history and bundle."
+    from specnb.learner import fit_starts, objective_settings, save_bundle, spectrum_learner
+    from specnb.loader import spectrum_dataloaders
     split = split_by_object(ds, s["valid"], s["test"], s["seed"], s["by"])
     dls = spectrum_dataloaders(ds, recipe, split=split, bs=s["bs"], seed=s["seed"], device=device)
     def make(seed): return spectrum_learner(dls, s["net"], s["objective"], lr=s["lr"], seed=seed, precision=s["precision"], path=run)
@@ -180,7 +180,7 @@ def _fit(ds, run, s, recipe, device):
     extra = dict(run={**s, "versions": versions(), "train_rows": len(dls.train.dataset)})
     return save_bundle(run, learn.model, wavelength=dls.train.dataset.wavelength, recipe=recipe, objective=objective_settings(s["objective"]), extra=extra)
 
-# %% ../nbs/50_run.ipynb #92cd401b
+# %% ../nbs/50_run.ipynb #dbd6e309
 def encode(
     run, # run folder
     store=None, # another store to encode; None: the one of the training
@@ -191,6 +191,7 @@ def encode(
     progress:bool=True # show a bar
 ) -> Path: # store of latents
     "Encode a store to latents; `ValueError` if it is on another grid than the network's."
+    from specnb.encode import encode as encode_spectra
     opened = open_run(run)
     source = Path(store) if store is not None else opened.store
     if source is None: raise RunError(f"the training store {opened.config['extra']['run']['store']} is not where it was: pass the store to encode")
@@ -215,7 +216,7 @@ def _choose(latents, split):
     if not chosen.sizes["spectrum"]: raise RunError(f"no spectrum belongs to split {split!r}; there are {', '.join(np.unique(latents['split']))}: choose one of them, or 'all'")
     return chosen
 
-# %% ../nbs/50_run.ipynb #1c05048d
+# %% ../nbs/50_run.ipynb #f92d908d
 def analyse(
     run, # run folder
     *,
@@ -228,7 +229,10 @@ def analyse(
 ) -> Run: # the run, with its tables written
     "Judge nodes and their relation to labels; writes dimensions.csv, association.csv, report.html and inspect.ipynb."
     opened = open_run(run)
-    if catalogue is not None: save_store(join_labels(opened.latents, catalogue, on=on, overwrite=True), opened.path / "latents.zarr", overwrite=True); opened = open_run(run)
+    if catalogue is not None:
+        from specnb.catalogue import join_labels
+        save_store(join_labels(opened.latents, catalogue, on=on, overwrite=True), opened.path / "latents.zarr", overwrite=True)
+        opened = open_run(run)
     latents = _choose(opened.latents, split)
     judged = informative_nodes(latents, groups=groups, decode=opened.decode, seed=seed)
     related = association(latents, _header_labels(latents) if labels is None else labels, groups=groups, n_permutations=n_permutations, seed=seed)
@@ -263,13 +267,15 @@ def write_pages(
     (opened.path / "report.html").write_text(page, encoding="utf-8")
     (opened.path / "inspect.ipynb").write_text(json.dumps(inspect_notebook(), indent=1), encoding="utf-8")
 
-# %% ../nbs/50_run.ipynb #4533560f
+# %% ../nbs/50_run.ipynb #1c15837e
 def read_dropped(
     name:str, # of the file; a caption, never opened
     data:bytes, # its content
     wavelength:xr.DataArray # (wavelength,) grid to bring it to, with medium and frame [Angstrom]
 ) -> xr.Dataset: # one spectrum on the grid
     "A spectrum from the bytes of a FITS file. Raises SpectrumError for what is none, or does not cover the grid."
+    from specnb.fits import SpectrumError, parts_of, read_spectrum
+    from specnb.ingest import Grid, match_medium, onto_grid
     ending = "gz" if data[:2] == b"\x1f\x8b" else "fits"
     parts = parts_of(read_spectrum(f"dropped.{ending}", content=data))
     grid = Grid(wavelength.values, wavelength.attrs["medium"], wavelength.attrs["frame"])
@@ -292,11 +298,31 @@ def save_selection(
     if not target.exists(): save_store(ds.isel(spectrum=np.flatnonzero(np.isin(ds.spectrum_id.values.astype(str), np.asarray(ids, str)))), target)
     return f"selections/{name}"
 
-# %% ../nbs/50_run.ipynb #c0d64c0f
+# %% ../nbs/50_run.ipynb #e46d4b5a
+def write_votable(
+    table:pd.DataFrame # numbers, words and truths; attrs units
+) -> bytes: # a VOTable document
+    "A table as VOTable; a unit that the standard does not know becomes the description of its column."
+    from astropy.table import Table
+    from astropy.units import Unit
+    made, out = Table.from_pandas(table.replace(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "", regex=True)), io.BytesIO()
+    for name, unit in table.attrs.get("units", {}).items():
+        try: made[name].unit = Unit(unit, format="vounit")
+        except ValueError: made[name].description = f"unit: {unit}"
+    with warnings.catch_warnings(): # of Angstrom, which the standard keeps but no longer loves, and of names with a space
+        warnings.simplefilter("ignore")
+        made.write(out, format="votable")
+    return out.getvalue()
+
+# %% ../nbs/50_run.ipynb #ef3b9c77
+def _encode_one(opened, ds):
+    from specnb.encode import encode as encode_spectra
+    return encode_spectra(opened.bundle, ds, progress=False)
+
 def _doors(opened, spectra):
     "What the inspector may do with files."
-    if spectra is None: return {}
-    return dict(read_upload=lambda name, data: read_dropped(name, data, spectra.wavelength), encode=lambda ds: encode_spectra(opened.bundle, ds, progress=False),
+    if spectra is None: return dict(write_votable=write_votable)
+    return dict(write_votable=write_votable, read_upload=lambda name, data: read_dropped(name, data, spectra.wavelength), encode=lambda ds: _encode_one(opened, ds),
                 save_subset=lambda ids: save_selection(opened, ids))
 
 def inspect_app(
@@ -342,9 +368,10 @@ def repeat(
     keep = {k: s[k] for k in ("net", "objective", "n_epoch", "bs", "lr", "by", "valid", "test", "seed", "starts", "precision")}
     return train(opened.store, new, **{**keep, "recipe": opened.bundle.recipe, **changes})
 
-# %% ../nbs/50_run.ipynb #8b792a11
+# %% ../nbs/50_run.ipynb #2811e230
 def _observe_files(folder, n_files, seed):
     "Write simulated exposures as ADP tables and s1d images, and a catalogue of their labels."
+    from specnb.eso import write_adp, write_s1d
     table = sample_factors(n_files, 1, seed + 1000)
     truth = {n: table[n].values for n in [*FACTORS, "berv"]}
     coords = {"object": table.object.str.replace("Star", "Field").values, "mjd_obs": table.mjd_obs.values,
@@ -357,9 +384,11 @@ def _observe_files(folder, n_files, seed):
     frame = pd.DataFrame({"object": coords["object"], **{n: truth[n] for n in FACTORS}})
     frame.to_csv(folder / "catalogue.csv", index=False)
 
-# %% ../nbs/50_run.ipynb #a74ec798
+# %% ../nbs/50_run.ipynb #4f0b6064
 def _add_files(store, fits_folder, ingested):
     "Ingest the FITS files, join the catalogue, and append the rows to the survey's store."
+    from specnb.catalogue import join_labels, read_table
+    from specnb.ingest import ingest as ingest_spectra
     survey = open_store(store)
     report = ingest_spectra(fits_folder, ingested, survey.wavelength.values)
     ds = join_labels(open_store(ingested), read_table(fits_folder / "catalogue.csv"), on="object", columns=[n for n in FACTORS if n not in ("snr", "airmass")])
@@ -410,7 +439,7 @@ def summary(
     text.append(f"Read {opened.path / 'report.html'}, open {opened.path / 'inspect.ipynb'} in JupyterLab, or run: specnb inspect {opened.path}")
     return "\n".join(text)
 
-# %% ../nbs/50_run.ipynb #027a3f7a
+# %% ../nbs/50_run.ipynb #b787122b
 def download(
     folder, # where files go
     target:str=None, # object name, as the archive spells it
@@ -422,5 +451,6 @@ def download(
     **search_options # further options of specnb.archive.search
 ) -> pd.DataFrame: # one row a file: status, size, reason and mend
     "Search ESO's archive for reduced spectra and download them; see specnb.archive for the details."
-    rows = archive_door.search(target, instrument=instrument, max_rows=limit, **search_options)
-    return archive_door.download(rows, folder, dry_run=dry_run, **(download_options or {}))
+    from specnb import archive
+    rows = archive.search(target, instrument=instrument, max_rows=limit, **search_options)
+    return archive.download(rows, folder, dry_run=dry_run, **(download_options or {}))

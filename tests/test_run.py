@@ -1,4 +1,5 @@
 """The main job as a whole: faults, interruption, repetition, and what a folder promises."""
+import io
 import json
 import os
 import shutil
@@ -112,8 +113,8 @@ class Kill(Callback):
     order = 80
     def after_epoch(self):
         if self.epoch == 1: os.kill(os.getpid(), signal.{signal})
-original = run.spectrum_learner
-run.spectrum_learner = lambda *a, **k: original(*a, **k, cbs=[Kill()])
+original = learner.spectrum_learner
+learner.spectrum_learner = lambda *a, **k: original(*a, **k, cbs=[Kill()])
 run.train(sys.argv[1], sys.argv[2], net="tiny", n_epoch=4, bs=16)
 """
 
@@ -149,6 +150,29 @@ def test_errors_on_the_command_line_are_one_sentence(tmp_path, capfd, words, men
     assert main([w.format(tmp_path) for w in words]) == 1
     err = capfd.readouterr().err
     assert mend in err and "Traceback" not in err
+
+
+def test_a_selection_as_a_votable_survives_hostile_names_and_foreign_units():
+    votable = pytest.importorskip("astropy.io.votable")
+    names = ["a <b> & 'c'", "\x00d\x01e", "\ud800f", "", "ü" * 300]
+    table = pd.DataFrame({"spectrum_id": names, "two words": np.arange(5), "teff": [np.nan, 1, 2, 3, 4.5], "bright": [True, False] * 2 + [True], "water": np.ones(5, "float32")})
+    table.attrs["units"] = {"teff": "K", "two words": "km/s", "water": "relative column"}
+    read = votable.parse_single_table(io.BytesIO(run_module.write_votable(table)), verify="exception").to_table(use_names_over_ids=True)
+    assert [str(name) for name in read["spectrum_id"]] == ["a <b> & 'c'", "de", "f", "", "ü" * 300]
+    assert str(read["two words"].unit) == "km / s" and read["water"].unit is None and read["water"].description == "unit: relative column"
+    np.testing.assert_array_equal(read["teff"].filled(np.nan), table["teff"])
+    assert list(read["bright"]) == list(table["bright"])
+
+
+def test_a_run_whose_store_is_gone_can_still_be_looked_at(made, tmp_path):
+    shutil.copytree(made / "run", tmp_path / "run")
+    look = run_module.inspect_app(tmp_path / "run")
+    assert look.spectra is None and look.take("vot").read().startswith(b"<?xml") and np.isfinite(look.moved()).all()
+
+
+def test_looking_at_a_run_waits_for_no_library_of_reading_or_learning():
+    code = "import sys, specnb.cli, specnb.run; print(sorted({'torch', 'fastai', 'astropy', 'pyvo'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_inspect_listens_on_this_machine_only(made):
