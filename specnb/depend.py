@@ -22,44 +22,79 @@ from scipy.special import digamma, ndtri, stdtrit
 from scipy.spatial import cKDTree
 from fastcore.basics import patch
 
-# %% ../nbs/30_depend.ipynb #c619141b
+# %% ../nbs/30_depend.ipynb #d79b3138
 def ordinal_ranks(
     values:np.ndarray, # (row, column) or (row,) finite numbers
     rng:np.random.Generator, # breaks ties in random order
 )->np.ndarray: # (column, row) or (row,) int32 ranks 0..n-1, each occurring once
     "Ranks with ties broken at random; the columns of one call share the order of breaking."
     values = np.asarray(values)
-    columns = values.reshape(len(values), -1)
-    shuffle = rng.permutation(len(columns))
-    ranks = np.empty(columns.shape[::-1], np.int32)
-    for column, rank in zip(columns.T, ranks):
-        rank[shuffle[np.argsort(column[shuffle])]] = np.arange(len(columns), dtype=np.int32)
+    orders = _presorted(values.reshape(len(values), -1), rng)
+    ranks = np.empty_like(orders)
+    for rank, order in zip(ranks, orders): rank[order] = np.arange(len(order), dtype=np.int32)
     return ranks[0] if values.ndim == 1 else ranks
 
-# %% ../nbs/30_depend.ipynb #b81d5f71
+# %% ../nbs/30_depend.ipynb #0fd15cd5
 def _presorted(
     values:np.ndarray, # (row, column), NaN sorts last
     rng:np.random.Generator, # breaks ties
+    n_threads:int=1, # that share the columns
 )->np.ndarray: # (column, row) row numbers in ascending order of each column
     "Sorting of every column, ties in random order."
     shuffle = rng.permutation(len(values)).astype(np.int32)
-    return np.stack([shuffle[np.argsort(c[shuffle])] for c in values.T])
+    columns = [np.ascontiguousarray(column) for column in values.T]
+    if not columns: return np.empty((0, len(values)), np.int32)
+    return np.stack(_dealt(lambda column: _sorting(column, shuffle), columns, n_threads))
 
-# %% ../nbs/30_depend.ipynb #a5a47f83
+def _sorting(
+    column:np.ndarray, shuffle:np.ndarray, # (row,) values, and a random order of them
+)->np.ndarray: # (row,) int32 row numbers
+    "Sorting of one column."
+    order = np.argsort(column).astype(np.int32)
+    return shuffle[np.argsort(column[shuffle])] if _has_ties(column, order) else order
+
+# %% ../nbs/30_depend.ipynb #6b9f5e2c
+@njit(cache=True, nogil=True)
+def _has_ties(
+    column:np.ndarray, order:np.ndarray, # (row,) values and their sorting
+)->bool: # some value occurs twice
+    "Whether two neighbours in the sorting are equal."
+    for i in range(1, order.size):
+        if column[order[i]] == column[order[i - 1]]: return True
+    return False
+
+def _dealt(
+    work, # callable of one item
+    items:list, # what to work on
+    n_threads:int, # 1: no thread is started
+)->list: # what it returns, in the order of the items
+    "Work on items in threads, each taking the next when it is done with one."
+    if n_threads < 2: return [work(item) for item in items]
+    with ThreadPoolExecutor(n_threads) as pool: return list(pool.map(work, items))
+
+# %% ../nbs/30_depend.ipynb #87e4734b
 _LANES, _CHUNK, _FAR, _WEIGHT = 16, 4, 1 << 29, 0.75    # points searched for together, candidates offered together, farther than any rank, of the extrapolation
 
 @njit(cache=True, nogil=True)
-def _strips(
-    order:np.ndarray, # (row,) row numbers in ascending order of x
-    y_rank:np.ndarray, # (row,) y rank of each row among those that take part, -1 for the others
+def _empty_strips(
     n:int, bits:int, # rows that take part; a strip is 2**bits ranks wide
 )->tuple: # px, py (strip (2**bits + 2 lane) + lane,); cell (strip, strip + 1)
-    "Sort points into strips of y rank, each ascending in x rank, the gaps filled with far points."
-    n_strips, stride, rank = ((n - 1) >> bits) + 1, (1 << bits) + 2 * _LANES, 0
+    "Room for the points of a pair, the ends of every strip filled with far points."
+    n_strips, stride = ((n - 1) >> bits) + 1, (1 << bits) + 2 * _LANES
     px = np.full(n_strips * stride + _LANES, _FAR, np.int32)
-    py, cell = px.copy(), np.empty((n_strips, n_strips + 1), np.int32)
-    fill = np.arange(n_strips) * stride + _LANES
     for s in range(n_strips): px[s * stride:s * stride + _LANES] = -_FAR
+    return px, px.copy(), np.empty((n_strips, n_strips + 1), np.int32)
+
+# %% ../nbs/30_depend.ipynb #e18fb064
+@njit(cache=True, nogil=True)
+def _fill_strips(
+    order:np.ndarray, # (row,) row numbers in ascending order of x
+    y_rank:np.ndarray, # (row,) y rank of each row among those that take part, -1 for the others
+    bits:int, px:np.ndarray, py:np.ndarray, cell:np.ndarray, # of `_empty_strips`
+):
+    "Sort points into strips of y rank, each ascending in x rank."
+    n_strips, rank = cell.shape[0], 0
+    fill = np.arange(n_strips) * ((1 << bits) + 2 * _LANES) + _LANES
     for row in order:
         if y_rank[row] < 0: continue
         if rank & ((1 << bits) - 1) == 0: cell[:, rank >> bits] = fill
@@ -68,14 +103,56 @@ def _strips(
         fill[s] += 1
         rank += 1
     cell[:, n_strips] = fill
-    return px, py, cell
 
-# %% ../nbs/30_depend.ipynb #5726f1e6
+# %% ../nbs/30_depend.ipynb #ca3fc412
+@njit(cache=True, nogil=True)
+def _smallest_nine(
+    a:int, b:int, c:int, d:int, e:int, f:int, g:int, h:int, i:int, # ascending
+    p:int, q:int, r:int, s:int, # in any order
+)->tuple: # (9,) ascending
+    "The nine smallest of nine sorted and four further numbers."
+    p, q, r, s = min(p, q), max(p, q), min(r, s), max(r, s)                  # sort the four
+    p, r, q, s = min(p, r), max(p, r), min(q, s), max(q, s)
+    q, r = min(q, r), max(q, r)
+    a, p, b, q = min(a, p), max(a, p), min(b, q), max(b, q)                  # merge them in
+    c, r, d, s = min(c, r), max(c, r), min(d, s), max(d, s)
+    i, g, h, f, q = min(i, p), min(g, r), min(h, s), min(f, q), max(f, q)
+    e, i, d, f, h = min(e, i), max(e, i), min(d, f), max(d, f), min(h, q)
+    c, e, g, i = min(c, e), max(c, e), min(g, i), max(g, i)
+    return a, min(b, c), max(b, c), min(d, e), max(d, e), min(f, g), max(f, g), min(h, i), max(h, i)
+
+# %% ../nbs/30_depend.ipynb #3b3154d4
+@njit(cache=True, nogil=True)
+def _other(
+    d:int, # int32 distance of a point of the lanes
+)->int: # the same, far when it is the point itself
+    "Nobody is his own neighbour."
+    return np.int32(d) if d > 0 else np.int32(_FAR)
+
+@njit(cache=True, nogil=True)
+def _keep(
+    work:np.ndarray, lane:int, k:int, d:int, # of `_offer`; neighbours; a distance
+):
+    "Insert one distance into the k smallest of a lane."
+    for a in range(k - 1, 0, -1): work[a * _LANES + lane] = min(work[a * _LANES + lane], max(work[(a - 1) * _LANES + lane], d))
+    work[lane] = min(work[lane], d)
+
+@njit(cache=True, nogil=True)
+def _keep_nine(
+    work:np.ndarray, lane:int, d0:int, d1:int, d2:int, d3:int, # of `_offer`; four distances
+):
+    "Merge four distances into the nine smallest of a lane."
+    n = _LANES
+    (work[lane], work[lane + n], work[lane + 2 * n], work[lane + 3 * n], work[lane + 4 * n], work[lane + 5 * n], work[lane + 6 * n], work[lane + 7 * n], work[lane + 8 * n]) = _smallest_nine(
+        work[lane], work[lane + n], work[lane + 2 * n], work[lane + 3 * n], work[lane + 4 * n], work[lane + 5 * n], work[lane + 6 * n], work[lane + 7 * n], work[lane + 8 * n], d0, d1, d2, d3)
+
+# %% ../nbs/30_depend.ipynb #4fe1853a
 @njit(cache=True, nogil=True)
 def _offer(
     work:np.ndarray, # (k lane + 2 lane,) int32: the k smallest distances of every lane, then x, then y
-    px:np.ndarray, py:np.ndarray, # of `_strips`
+    px:np.ndarray, py:np.ndarray, # of `_fill_strips`
     first:int, depth:tuple, # place of the first of the candidates; (k,) only its length counts, which the compiler knows
+    own:tuple=(), # not empty: the candidates are among the lanes
 )->int: # the largest k-th distance among the lanes
     "Offer four candidates to every lane."
     k, reach = len(depth), np.int32(0)
@@ -85,22 +162,22 @@ def _offer(
         x, y = work[k * _LANES + lane], work[(k + 1) * _LANES + lane]
         d0, d1 = np.int32(max(abs(np.int32(x0 - x)), abs(np.int32(y0 - y)))), np.int32(max(abs(np.int32(x1 - x)), abs(np.int32(y1 - y))))
         d2, d3 = np.int32(max(abs(np.int32(x2 - x)), abs(np.int32(y2 - y)))), np.int32(max(abs(np.int32(x3 - x)), abs(np.int32(y3 - y))))
-        for d in (d0, d1, d2, d3):
-            d = d if d > 0 else np.int32(_FAR)
-            for a in range(k - 1, 0, -1): work[a * _LANES + lane] = min(work[a * _LANES + lane], max(work[(a - 1) * _LANES + lane], d))
-            work[lane] = min(work[lane], d)
+        if len(own): d0, d1, d2, d3 = _other(d0), _other(d1), _other(d2), _other(d3)
+        if k == 9: _keep_nine(work, lane, d0, d1, d2, d3)
+        else:
+            for d in (d0, d1, d2, d3): _keep(work, lane, k, d)
         reach = max(reach, work[(k - 1) * _LANES + lane])
     return reach
 
-# %% ../nbs/30_depend.ipynb #342bd22d
+# %% ../nbs/30_depend.ipynb #5894fef3
 @njit(cache=True, nogil=True)
 def _sweep(
-    work:np.ndarray, px:np.ndarray, py:np.ndarray, # of `_offer`; of `_strips`
-    start:int, low:int, high:int, # where to begin; smallest and largest x rank of the lanes
+    work:np.ndarray, px:np.ndarray, py:np.ndarray, # of `_offer`; of `_fill_strips`
+    up:int, down:int, # where to begin on either side
+    low:int, high:int, # smallest and largest x rank of the lanes
     reach:int, depth:tuple, # the largest k-th distance so far; of `_offer`
 )->int: # the largest k-th distance now
-    "Offer all points of a strip that may be neighbours."
-    up, down = start, start - _CHUNK
+    "Offer the points of the own strip that may be neighbours."
     while px[up] - high < reach:
         reach = _offer(work, px, py, up, depth)
         up += _CHUNK
@@ -109,10 +186,10 @@ def _sweep(
         down -= _CHUNK
     return reach
 
-# %% ../nbs/30_depend.ipynb #f0a941a5
+# %% ../nbs/30_depend.ipynb #85186766
 @njit(cache=True, nogil=True)
 def _load(
-    work:np.ndarray, px:np.ndarray, py:np.ndarray, # of `_offer`; of `_strips`
+    work:np.ndarray, px:np.ndarray, py:np.ndarray, # of `_offer`; of `_fill_strips`
     first:int, used:int, n:int, depth:tuple, # place of the first point; lanes in use; rows; of `_offer`
 )->tuple: # smallest and largest y rank
     "Put a few points of a strip into the lanes; lanes without a point are content from the start."
@@ -123,10 +200,10 @@ def _load(
         if lane < used: low, high = min(low, py[first + lane]), max(high, py[first + lane])
     return low, high
 
-# %% ../nbs/30_depend.ipynb #4b859587
+# %% ../nbs/30_depend.ipynb #7f4d4cda
 @njit(cache=True, nogil=True)
 def _kth_distances(
-    work:np.ndarray, px:np.ndarray, py:np.ndarray, cell:np.ndarray, # of `_offer`; of `_strips`
+    work:np.ndarray, px:np.ndarray, py:np.ndarray, cell:np.ndarray, # of `_offer`; of `_fill_strips`
     strip:int, first:int, bits:int, n:int, depth:tuple, # strip and place of the first point; width of strips; rows; of `_offer`
 )->int: # points found for
     "Distances to the nearest neighbours of the next few points of a strip, left in `work`."
@@ -134,51 +211,57 @@ def _kth_distances(
     used = min(_LANES, cell[strip, n_strips] - first)
     y_low, y_high = _load(work, px, py, first, used, n, depth)
     low, high = px[first], px[first + used - 1]
-    reach = _sweep(work, px, py, first, low, high, n, depth)
+    reach = n
+    for own in range(first, first + _LANES, _CHUNK): reach = _offer(work, px, py, own, depth, (0,))
+    reach = _sweep(work, px, py, first + _LANES, first - _CHUNK, low, high, reach, depth)
     for side in (-1, 1):
         s = strip + side
         while 0 <= s < n_strips and (y_low - ((s + 1) << bits) + 1 if side < 0 else (s << bits) - y_high) < reach:
-            j = cell[s, low >> bits]
-            while px[j] < low: j += 1
-            reach = _sweep(work, px, py, j, low, high, reach, depth)
+            j, until = cell[s, max(0, low - reach) >> bits], high + reach
+            while px[j] <= low - reach: j += 1
+            while px[j] < until:
+                reach = _offer(work, px, py, j, depth)
+                j += _CHUNK
             s += side
     return used
 
-# %% ../nbs/30_depend.ipynb #1ceb8a18
-@njit(cache=True, nogil=True)
-def _count_term(
-    rank_x:int, rank_y:int, # ranks of a point
-    e:int, n:int, # distance of its k-th neighbour [rank]; rows
-    psi:np.ndarray, # (4 row,) digamma(1 + j / 2)
-)->float: # digamma(n_x + 1) + digamma(n_y + 1)
+# %% ../nbs/30_depend.ipynb #f95593b2
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _count_terms(
+    work:np.ndarray, px:np.ndarray, py:np.ndarray, # of `_offer`; of `_fill_strips`
+    first:int, used:int, n:int, # place of the first point; lanes in use; rows
+    k:int, # neighbours
+    halves:np.ndarray, # (2 row,) mean of digamma at 1 + j / 2 and half a point less
+)->float: # sum over the lanes of digamma(n_x + 1) + digamma(n_y + 1)
     "Digamma of the marginal counts, points on the boundary counted half, less the neighbour itself."
-    left, right, down, up = rank_x, n - 1 - rank_x, rank_y, n - 1 - rank_y
-    twice_x = min(e - 1, left) + min(e, left) + min(e - 1, right) + min(e, right)
-    twice_y = min(e - 1, down) + min(e, down) + min(e - 1, up) + min(e, up)
-    return 0.5 * (psi[twice_x] + psi[twice_x - 1] + psi[twice_y] + psi[twice_y - 1])
+    total, at, last = 0.0, (k - 1) * _LANES, np.int32(n - 1)
+    for lane in range(used):
+        e, left, down = work[at + lane], px[first + lane], py[first + lane]
+        inner, right, up = np.int32(e - 1), np.int32(last - left), np.int32(last - down)
+        twice_x = np.int32(np.int32(min(inner, left) + min(e, left)) + np.int32(min(inner, right) + min(e, right)))
+        twice_y = np.int32(np.int32(min(inner, down) + min(e, down)) + np.int32(min(inner, up) + min(e, up)))
+        total += halves[np.uint32(twice_x)] + halves[np.uint32(twice_y)]
+    return total
 
-# %% ../nbs/30_depend.ipynb #69d27387
+# %% ../nbs/30_depend.ipynb #d8f74ba1
 @njit(cache=True, nogil=True)
 def _ksg_pair(
-    order:np.ndarray, y_rank:np.ndarray, n:int, # of `_strips`
+    px:np.ndarray, py:np.ndarray, cell:np.ndarray, # of `_fill_strips`
+    bits:int, n:int, # of `_empty_strips`
     ks:np.ndarray, # (1,) neighbours, or (2,) k and 3 k to extrapolate
     depth:tuple, # (largest of ks,) of `_offer`
-    psi:np.ndarray, # (4 row,) digamma(1 + j / 2)
+    psi:np.ndarray, halves:np.ndarray, # of `_psi_table`, `_count_terms`
 )->float: # mutual information [nat]
     "KSG estimate of one pair [Kraskov et al. 2004, eq. 8]."
-    bits = max(1, int(np.rint(np.log2(2.5 * np.sqrt(n)))))
-    px, py, cell = _strips(order, y_rank, n, bits)
     work, each = np.empty((len(depth) + 2) * _LANES, np.int32), np.zeros(ks.size)
     for strip in range(cell.shape[0]):
         for first in range(cell[strip, 0], cell[strip, cell.shape[0]], _LANES):
             used = _kth_distances(work, px, py, cell, strip, first, bits, n, depth)
-            for c in range(ks.size):
-                for lane in range(used):
-                    each[c] -= _count_term(px[first + lane], py[first + lane], work[(ks[c] - 1) * _LANES + lane], n, psi)
+            for c in range(ks.size): each[c] -= _count_terms(work, px, py, first, used, n, ks[c], halves)
     for c in range(ks.size): each[c] = psi[2 * ks[c] - 2] + psi[2 * n - 2] + each[c] / n
     return each[0] + _WEIGHT * (each[0] - each[-1])
 
-# %% ../nbs/30_depend.ipynb #7d0cd10c
+# %% ../nbs/30_depend.ipynb #95e18c9c
 @njit(cache=True, nogil=True)
 def _ksg_rows(
     orders:np.ndarray, # (latent, row) row numbers in ascending order
@@ -186,21 +269,26 @@ def _ksg_rows(
     n:int, ks:np.ndarray, depth:tuple, psi:np.ndarray, # of `_ksg_pair`
 )->np.ndarray: # (latent, label) mutual information [nat]
     "KSG estimate of every pair of columns."
-    mi = np.empty((orders.shape[0], y_ranks.shape[0]))
+    mi, halves = np.empty((orders.shape[0], y_ranks.shape[0])), psi.copy()
+    for j in range(1, psi.size): halves[j] = 0.5 * (psi[j] + psi[j - 1])
+    bits = max(1, int(np.rint(np.log2(2.5 * np.sqrt(n)))))
+    px, py, cell = _empty_strips(n, bits)
     for a in range(mi.shape[0]):
-        for b in range(mi.shape[1]): mi[a, b] = _ksg_pair(orders[a], y_ranks[b], n, ks, depth, psi)
+        for b in range(mi.shape[1]):
+            _fill_strips(orders[a], y_ranks[b], bits, px, py, cell)
+            mi[a, b] = _ksg_pair(px, py, cell, bits, n, ks, depth, psi, halves)
     return mi
 
+# %% ../nbs/30_depend.ipynb #0429527e
 def _ksg_matrix(
     orders:np.ndarray, y_ranks:np.ndarray, n:int, ks:np.ndarray, # of `_ksg_rows`
-    n_threads:int=1, # latents are dealt out to so many threads
+    n_threads:int=1, # latents are dealt out to so many threads, in parts
 )->np.ndarray: # (latent, label) mutual information [nat]; NaN where no more than k + 1 rows take part
     "KSG estimate of every pair of columns, by threads; with too few rows to extrapolate, without."
     if n < ks[0] + 2: return np.full((len(orders), len(y_ranks)), np.nan)
     ks = ks[:1] if n < ks[-1] + 2 else ks
-    rows = lambda part: _ksg_rows(part, y_ranks, n, ks, (0,) * int(ks[-1]), _psi_table(n))
-    if n_threads < 2: return rows(orders)
-    with ThreadPoolExecutor(n_threads) as pool: return np.concatenate(list(pool.map(rows, np.array_split(orders, min(n_threads, len(orders))))))
+    psi, parts = _psi_table(n), np.array_split(orders, min(8 * n_threads, len(orders))) if n_threads > 1 else [orders]
+    return np.concatenate(_dealt(lambda part: _ksg_rows(part, y_ranks, n, ks, (0,) * int(ks[-1]), psi), parts, n_threads))
 
 # %% ../nbs/30_depend.ipynb #56657fbe
 def _neighbours(
@@ -211,14 +299,14 @@ def _neighbours(
     if k < 1: raise ValueError(f"k = {k}: the estimator needs at least one neighbour")
     return np.array([k, 3 * k] if extrapolate else [k])
 
-# %% ../nbs/30_depend.ipynb #3717e297
+# %% ../nbs/30_depend.ipynb #952a12a5
 @njit(cache=True, nogil=True)
 def _ross_point(
     ranks:np.ndarray, # (member,) ranks of one class, ascending
     i:int, # the member
     k:int, # neighbours, fewer than members
     n:int, # rows of all classes
-    psi:np.ndarray, # (4 row,) digamma(1 + j / 2)
+    psi:np.ndarray, # of `_psi_table`
 )->float: # digamma(m)
     "Digamma of the number of points met on the way to the k-th neighbour within the class."
     low, high, r = i, i, ranks[i]
@@ -232,13 +320,13 @@ def _ross_point(
     other = min(e, r) + min(e, n - 1 - r) - inside == 2 and not lost
     return 0.5 * (psi[2 * inside] + psi[2 * inside + 2 * other])
 
-# %% ../nbs/30_depend.ipynb #3ea5ad96
+# %% ../nbs/30_depend.ipynb #4170611f
 @njit(cache=True, nogil=True)
 def _ross(
     class_by_x:np.ndarray, # (row,) class number of the row of x rank 0, 1, 2, ...
     n_classes:int, # number of classes
     k:int, # neighbours
-    psi:np.ndarray, # (4 row,) digamma(1 + j / 2)
+    psi:np.ndarray, # of `_psi_table`
 )->float: # mutual information [nat]
     "Mutual information of a continuous and a discrete variable [Ross 2014]."
     total, used = 0.0, 0
@@ -284,7 +372,7 @@ def mutual_information(
     complete = np.isfinite(x) & np.isfinite(y)
     return float(_mi_columns(x[complete, None], y[complete, None], _neighbours(k, extrapolate), [y_class if discrete is None else discrete], seed)[0, 0])
 
-# %% ../nbs/30_depend.ipynb #b8ac3901
+# %% ../nbs/30_depend.ipynb #d4237825
 def _mi_columns(
     x:np.ndarray, # (row, latent) finite
     y:np.ndarray, # (row, label) finite
@@ -306,11 +394,11 @@ def _mi_columns(
 
 def _psi_table(
     n:int, # rows
-)->np.ndarray: # (4 n,) digamma(1 + j / 2)
+)->np.ndarray: # (2 n + 2,) digamma(1 + j / 2)
     "Digamma at every whole and half number that a count among n points can reach."
-    return digamma(1 + np.arange(4 * n) / 2)
+    return digamma(1 + np.arange(2 * n + 2) / 2)
 
-# %% ../nbs/30_depend.ipynb #100910bc
+# %% ../nbs/30_depend.ipynb #5dea5c7a
 def mutual_information_matrix(
     x:np.ndarray, # (row, latent), NaN where missing
     y:np.ndarray, # (row, label), NaN where missing
@@ -321,7 +409,7 @@ def mutual_information_matrix(
 )->np.ndarray: # (latent, label) mutual information [nat]
     "Mutual information of every pair of numeric columns on the rows that both have; rows are taken as independent."
     ks, out = _neighbours(k, extrapolate), np.full((x.shape[1], y.shape[1]), np.nan)
-    orders_x, orders_y = (_presorted(v, np.random.default_rng(s)) for v, s in zip((x, y), np.random.SeedSequence(seed).spawn(2)))
+    orders_x, orders_y = (_presorted(v, np.random.default_rng(s), n_threads) for v, s in zip((x, y), np.random.SeedSequence(seed).spawn(2)))
     for x_here, nodes in _patterns(x):
         for y_here, names in _patterns(y):
             here = x_here & y_here
@@ -344,14 +432,15 @@ def _ranks_among(
             rank += here[row]
     return ranks
 
-# %% ../nbs/30_depend.ipynb #1b8a234b
+# %% ../nbs/30_depend.ipynb #8062fe89
 def _patterns(
     values:np.ndarray, # (row, column)
 )->list: # of (row,) masks of present rows, each with the columns that have it
     "Group columns by which rows they miss."
-    here = np.isfinite(values)
-    _, first, which = np.unique(np.packbits(here, axis=0), axis=1, return_index=True, return_inverse=True)
-    return [(here[:, c], np.flatnonzero(which.ravel() == i)) for i, c in enumerate(first)]
+    columns = {}
+    here = np.ascontiguousarray(np.isfinite(values).T)
+    for c, mask in enumerate(here): columns.setdefault(np.packbits(mask).tobytes(), []).append(c)
+    return [(here[same[0]], np.array(same)) for same in columns.values()]
 
 # %% ../nbs/30_depend.ipynb #09edf248
 def gaussian_copula_information(
