@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT', 'Inspector', 'Keys', 'inspector', 'serve']
 
-# %% ../nbs/41_app.ipynb #991235e0
+# %% ../nbs/41_app.ipynb #c96bab5a
 import asyncio
 import ipaddress
 import socket
@@ -28,14 +28,16 @@ from .desk import (
 from .plots import (
     CRITERIA, DRAWING, PALETTE, STATISTICS, correlation_matrix, dimensions_view, empty_view, history_view, information_matrix,
     latent_scatter, masked_spans, neighbour_view, node_name, reduce_line, scatter_table, trace_panel)
-from .session import PERCENTS, Session
+from .session import PERCENTS, Session, check_parts
 from .wave import doppler_factor
 
-# %% ../nbs/41_app.ipynb #da02dcbd
+# %% ../nbs/41_app.ipynb #e21fb9ea
 class Inspector(Session, Viewer):
     "The latent inspector; shows itself in a notebook and has `.servable()`."
-    def __init__(self, latents, association=None, dimensions=None, decode=None, *, history=None, lines=None, save_subset=None, write_votable=None, tabs=None, title="latents", **parts):
+    def __init__(self, latents, association=None, dimensions=None, decode=None, *, load_decoder=None, history=None, lines=None, save_subset=None, write_votable=None, tabs=None, title="latents", **parts):
+        if load_decoder is not None and _document() is None: decode, load_decoder = load_decoder(), None
         super().__init__(latents, association, dimensions, decode, **parts)
+        self._load_decoder, self._at_decoder = load_decoder, []
         self.history, self.save_subset, self.write_votable, self.tabs, self.title = history, save_subset, write_votable, tabs or {}, title
         self._drawn, self._timers, self._tables, self._quiet = {}, {}, {}, False
         medium = "air" if self.wavelength is None else self.wavelength.attrs.get("medium", "air")
@@ -75,6 +77,22 @@ def _later(self:Inspector, pane, work, show):
         try: show(await asyncio.to_thread(safely))
         finally: pane.loading = False
     pn.state.execute(task)
+
+# %% ../nbs/41_app.ipynb #b8c5061b
+@patch
+def fetch_decoder(
+    self:Inspector,
+    pane, # shows the sign of work
+)->None:
+    "Call `load_decoder` off the event loop, check what it returns, and draw with it."
+    def work():
+        decode = self._load_decoder()
+        check_parts(self.latents, decode, self.wavelength)
+        return decode
+    def take(decode):
+        self._load_decoder, self.decode = None, decode
+        for draw in self._at_decoder: draw()
+    if self._load_decoder is not None: self._later(pane, work, take)
 
 # %% ../nbs/41_app.ipynb #ba08db80
 @patch
@@ -139,7 +157,7 @@ def velocity(
     known = [float(self.latents[name].values[self.row]) for name in names] + [node_velocity(table, self.start[self.places[node]])[0] for node, table in self.calibrations.items()]
     return next((value for value in known if np.isfinite(value)), 0.)
 
-# %% ../nbs/41_app.ipynb #9da0b3ec
+# %% ../nbs/41_app.ipynb #0cf71eb7
 @patch
 def responding_lines(
     self:Inspector,
@@ -155,6 +173,7 @@ def slider_view(
     self:Inspector,
 ): # HoloViews layout
     "Observed, rebuilt and moved spectrum, and the response to the node in question."
+    if self._load_decoder is not None: return self._flux_view("the network is on its way")
     if self.decode is None: return empty_view("No decoder: give `decode` (for a run: specnb.encode.decoder(bundle)) to see what the nodes do.")
     if self.wavelength is None: return empty_view("No wavelength grid: give `wavelength` or `spectra` to the inspector.")
     watch = lambda names: Params(self, names)
@@ -166,7 +185,13 @@ def slider_view(
     self._ranges = {"moved": above.streams[0], "slope": below.streams[0]}
     return hv.Layout([above, below]).cols(1)
 
-# %% ../nbs/41_app.ipynb #749a329c
+# %% ../nbs/41_app.ipynb #8d9c50c2
+@patch
+def _flux_view(self:Inspector, words):
+    "The observed spectrum alone."
+    if self.wavelength is None or self.observed() is None: return empty_view(f"A moment: {words}.", height=380)
+    return trace_panel(self.wavelength, self._flux_alone, "Flux [median = 1]", self.masked, streams=[Params(self, ["row", "guest"])], height=380, title=lambda: f"{self._caption()}; {words}")
+
 @patch
 def _caption(self:Inspector): return self.guest["name"] if self.guest is not None else self.ids()[self.row]
 
@@ -534,7 +559,7 @@ def _chooser(self:Inspector):
     card = pn.pane.HTML(pn.bind(lambda row, guest: self._card(), self.param.row, self.param.guest), sizing_mode="stretch_width")
     return pn.Column(field, pn.Row(back, on, sizing_mode="stretch_width"), own, card, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #9d3e1992
+# %% ../nbs/41_app.ipynb #0c6dee34
 @patch
 def _card(self:Inspector):
     "The chosen spectrum in a few lines: id and labels with their units."
@@ -551,12 +576,12 @@ def _card(self:Inspector):
 @patch
 def _slider_column(self:Inspector):
     back = _widget(pn.widgets.Button, "Reset to the spectrum", **_STRONG, sizing_mode="stretch_width", on_click=lambda event: self.reset())
-    speak = _widget(pn.widgets.Button, "Which node is a velocity?", sizing_mode="stretch_width", visible=not self.calibrations and self.decode is not None)
+    speak = _widget(pn.widgets.Button, "Which node is a velocity?", sizing_mode="stretch_width", visible=not self.calibrations and (self.decode is not None or self._load_decoder is not None))
     def find(event): self._later(speak, lambda: self.calibrate(by_decoder=True), lambda nodes: self._follow())
     speak.on_click(find)
     return pn.Column("### Nodes", *self.sliders(), back, self._sweep(), speak, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #db25b28e
+# %% ../nbs/41_app.ipynb #6b84d33d
 @patch
 def _sweep(self:Inspector):
     "A player that runs the node in question through its quantiles and back."
@@ -569,6 +594,7 @@ def _sweep(self:Inspector):
     player.param.watch(frame, "value")
     return player
 
+# %% ../nbs/41_app.ipynb #fe6df66e
 @patch
 def _spectrum_tab(self:Inspector):
     frame = _widget(pn.widgets.RadioButtonGroup, "Frame", options={"as stored": False, "rest frame of the star": True}, align="end")
@@ -582,6 +608,7 @@ def _spectrum_tab(self:Inspector):
         redraw()
     own.param.watch(load, "value")
     for widget in (frame, named): widget.param.watch(redraw, "value")
+    self._at_decoder.append(redraw)
     return pn.Column(pn.Row(frame, named, pn.pane.HTML("line list of your own:", align="end"), own), picture, sizing_mode="stretch_width")
 
 # %% ../nbs/41_app.ipynb #161111d0
@@ -697,7 +724,31 @@ def _training_tab(self:Inspector):
     losses = pn.Row(*[_pane(part) for part in history_view(self.history)], sizing_mode="stretch_width")
     return pn.Column(losses, criterion if there else None, pane, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #21b0b0da
+# %% ../nbs/41_app.ipynb #b1910f0c
+@patch
+def _nodes_tab(self:Inspector):
+    pane = _pane(self.slider_view())
+    self._at_decoder.append(lambda: setattr(pane, "object", self.slider_view()))
+    self.fetch_decoder(pane)
+    return pane
+
+@patch
+def _open_tab(self:Inspector):
+    "Make the tab that is looked at, the first time it is."
+    page, make = self._tabs[self._tabs.active], list(self._makers.values())[self._tabs.active]
+    if not len(page): page.append(make() if callable(make) else make)
+
+@patch
+def _make_tabs(self:Inspector):
+    here = ":host(.bk-above) .bk-header .bk-tab.bk-active {color: inherit; background: transparent; font-weight: bold}"
+    self._makers = {"Nodes": self._nodes_tab, "Spectrum": self._spectrum_tab, "Matrices": self._matrix_tab, "Neighbours": self._retrieval_tab,
+                    "Map": self._map_tab, "Training": self._training_tab} | self.tabs
+    self._tabs = pn.Tabs(*[(name, pn.Column(sizing_mode="stretch_width")) for name in self._makers], dynamic=True, sizing_mode="stretch_width", stylesheets=[here])
+    self._tabs.param.watch(lambda event: self._open_tab(), "active")
+    self._open_tab()
+    return self._tabs
+
+# %% ../nbs/41_app.ipynb #b813d181
 @patch
 def _header(self:Inspector):
     n, m = self.latents.sizes["spectrum"], self.latents.sizes["latent"]
@@ -717,20 +768,17 @@ def __panel__(self:Inspector):
         self.follow_address()
         warn = pn.pane.Alert(pn.bind(_safe, self.param.message), alert_type="warning", visible=pn.bind(bool, self.param.message), sizing_mode="stretch_width")
         left = pn.Column(self._chooser(), self._slider_column(), width=300, margin=(0, 18, 0, 0))
-        own = [("Nodes", _pane(self.slider_view())), ("Spectrum", self._spectrum_tab()), ("Matrices", self._matrix_tab()), ("Neighbours", self._retrieval_tab()),
-               ("Map", self._map_tab()), ("Training", self._training_tab())]
-        here = ":host(.bk-above) .bk-header .bk-tab.bk-active {color: inherit; background: transparent; font-weight: bold}"
-        self._tabs = pn.Tabs(*own, *self.tabs.items(), dynamic=True, sizing_mode="stretch_width", stylesheets=[here])
-        self._layout = pn.Column(self._header(), warn, pn.Row(left, self._tabs, sizing_mode="stretch_width"), sizing_mode="stretch_width", margin=12)
+        self._layout = pn.Column(self._header(), warn, pn.Row(left, self._make_tabs(), sizing_mode="stretch_width"), sizing_mode="stretch_width", margin=12)
     return self._layout
 
-# %% ../nbs/41_app.ipynb #1b064547
+# %% ../nbs/41_app.ipynb #7554d61a
 def inspector(
     latents:xr.Dataset,          # `mean` (spectrum, latent), with labels as coordinates
     association:xr.Dataset=None, # (latent, label) from `specnb.depend.association`
     dimensions:xr.Dataset=None,  # (latent,) from `specnb.dims.informative_nodes`
     decode=None,                 # (n, latent) -> (n, wavelength) flux in units of its median
     *,
+    load_decoder=None,           # () -> `decode`, called when the page is there already
     spectra:xr.Dataset=None,     # the encoded store, may be lazy
     wavelength=None,             # (wavelength,) grid of the decoder [Angstrom]; `None` takes that of the spectra
     recipe=None,                 # `PrepRecipe` that makes of the store what the network saw
@@ -740,11 +788,11 @@ def inspector(
     encode=None,                 # Dataset of spectra -> latents
     save_subset=None,            # ids -> name of the store that was written
     write_votable=None,          # table -> bytes of a VOTable
-    tabs:dict=None,              # name -> Panel object: further tabs
+    tabs:dict=None,              # name -> Panel object, or a function that makes one: further tabs
     title:str="latents",         # above the page
 )->Inspector:                    # shows itself in a notebook; `.servable()` in an app
     "The latent inspector. Raises `ValueError` for parts that do not fit together."
-    made = Inspector(latents, association, dimensions, decode, spectra=spectra, wavelength=wavelength, recipe=recipe, history=history, lines=lines,
+    made = Inspector(latents, association, dimensions, decode, load_decoder=load_decoder, spectra=spectra, wavelength=wavelength, recipe=recipe, history=history, lines=lines,
                      read_upload=read_upload, encode=encode, save_subset=save_subset, write_votable=write_votable, tabs=tabs, title=title)
     made.embed("PCA"), made.calibrate()
     return made

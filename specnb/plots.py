@@ -10,15 +10,13 @@ __all__ = ['PALETTE', 'CYCLE', 'DRAWING', 'STATISTICS', 'CRITERIA', 'axis_label'
            'neighbour_traces', 'neighbour_view', 'neighbour_figure', 'history_terms', 'history_view', 'history_figure',
            'dimension_table', 'dimensions_view', 'dimensions_figure']
 
-# %% ../nbs/40_plots.ipynb #e9ccf7aa
+# %% ../nbs/40_plots.ipynb #63ed559c
 from io import BytesIO
 import holoviews as hv
 import holoviews.plotting.bokeh
 import numpy as np
 import pandas as pd
 import xarray as xr
-from datashader.reductions import count, mean
-from holoviews.operation.datashader import dynspread, rasterize
 from holoviews.streams import RangeX
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
@@ -509,7 +507,7 @@ def latent_scatter(
     settings = _LINE_TOOLS | dict(height=height, tools=["pan", "wheel_zoom", "box_zoom"], active_tools=["pan", "wheel_zoom"], show_legend=False, title=shade, fontsize={"title": "10pt"})
     return hv.Overlay(layers).collate().opts(**settings)
 
-# %% ../nbs/40_plots.ipynb #b76b4bc7
+# %% ../nbs/40_plots.ipynb #943cc2d4
 def _categories(values):
     names = pd.Series(values).astype(str)
     common = names.value_counts().index[:len(CYCLE) - 1]
@@ -524,6 +522,8 @@ def _points(table, dims, coloured):
     return hv.Points(table.assign(color=_categories(table["color"])), dims, vdims).opts(color="color", cmap=CYCLE, **style)
 
 def _shaded(table, dims, coloured):
+    from datashader.reductions import count, mean
+    from holoviews.operation.datashader import dynspread, rasterize
     numeric = coloured and pd.api.types.is_numeric_dtype(table["color"])
     points = hv.Points(table, dims, ["color"] if numeric else [])
     image = rasterize(points, aggregator=mean("color") if numeric else count(), precompute=True, pixel_ratio=0.5)   # a quarter of the bytes; spread points hide it

@@ -7,7 +7,7 @@ __all__ = ['RunError', 'Run', 'open_run', 'simulate', 'wanted_grid', 'ingest', '
            'findings', 'write_pages', 'read_dropped', 'save_selection', 'write_votable', 'inspect_app', 'inspect',
            'repeat', 'demo', 'summary', 'download']
 
-# %% ../nbs/50_run.ipynb #b30e90be
+# %% ../nbs/50_run.ipynb #7c6019a6
 import io, json, os, platform, shutil, warnings
 from functools import cached_property
 from hashlib import sha256
@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np, pandas as pd, xarray as xr
 from fastcore.basics import patch
+from safetensors import SafetensorError, safe_open
 from .app import inspector, serve
 from .compare import comparison
 from .depend import association, matrix_frame
@@ -70,6 +71,21 @@ def store(self:Run): # folder of the training spectra, or None if it has moved
     "Where the spectra are; the path is kept relative to the run folder, so both may move together."
     path = (self.path / self.config["extra"]["run"]["store"]).resolve()
     return path if (path / "zarr.json").exists() else None
+
+# %% ../nbs/50_run.ipynb #11aa5fe2
+@patch(as_prop=True)
+def recipe(self:Run) -> PrepRecipe: # of the preparation that spectra need
+    "What was done to the spectra before the network saw them."
+    return PrepRecipe.from_json(json.dumps(self.config["recipe"]))
+
+@patch(as_prop=True)
+def grid(self:Run) -> xr.DataArray: # (wavelength,) [Angstrom]
+    "Wavelengths of the network, read from the file of weights without loading a network."
+    path = self._need("model.safetensors", "train")
+    try:
+        with safe_open(path, framework="numpy") as weights: values = weights.get_tensor("wavelength")
+    except SafetensorError as error: raise RunError(f"{path} is damaged ({error}): copy the run again") from error
+    return xr.DataArray(values, dims="wavelength", attrs=dict(units="Angstrom", medium=self.config["grid"]["medium"], frame=self.config["grid"]["frame"]))
 
 # %% ../nbs/50_run.ipynb #bc311cfb
 def open_run(
@@ -314,7 +330,7 @@ def write_votable(
         made.write(out, format="votable")
     return out.getvalue()
 
-# %% ../nbs/50_run.ipynb #ef3b9c77
+# %% ../nbs/50_run.ipynb #7b67ba8f
 def _encode_one(opened, ds):
     from specnb.encode import encode as encode_spectra
     return encode_spectra(opened.bundle, ds, progress=False)
@@ -332,16 +348,15 @@ def inspect_app(
     "The latent inspector of a run."
     opened = open_run(run)
     spectra, name = None if opened.store is None else open_store(opened.store), opened.path.resolve().name
-    tabs = {}
-    if other is not None:
-        second = open_run(other)
-        tabs["Compare"] = comparison(opened.latents, second.latents, dimensions=(opened.dimensions, second.dimensions), histories=(opened.history, second.history), names=(name, second.path.resolve().name))
-    return inspector(opened.latents, opened.association, opened.dimensions, opened.decode, spectra=spectra, wavelength=_bundle_grid(opened.bundle),
-                     recipe=opened.bundle.recipe, history=opened.history, title=name, tabs=tabs, **_doors(opened, spectra))
+    tabs = {} if other is None else {"Compare": lambda: _compare(opened, open_run(other))}
+    return inspector(opened.latents, opened.association, opened.dimensions, load_decoder=lambda: opened.decode, spectra=spectra, wavelength=opened.grid,
+                     recipe=opened.recipe, history=opened.history, title=name, tabs=tabs, **_doors(opened, spectra))
 
-def _bundle_grid(bundle): return xr.DataArray(bundle.wavelength, dims="wavelength", attrs=dict(units="Angstrom", medium=bundle.medium, frame=bundle.frame))
+def _compare(one, two):
+    names = [run.path.resolve().name for run in (one, two)]
+    return comparison(one.latents, two.latents, dimensions=(one.dimensions, two.dimensions), histories=(one.history, two.history), names=names if names[0] != names[1] else [str(run.path) for run in (one, two)])
 
-# %% ../nbs/50_run.ipynb #7e5727c9
+# %% ../nbs/50_run.ipynb #d5890518
 def inspect(
     run, # run folder
     *,
@@ -351,7 +366,8 @@ def inspect(
 ):
     "Serve the inspector on localhost until interrupted."
     opened = open_run(run)
-    for part in ("latents", "dimensions", "association", "decode"): getattr(opened, part) # a missing part is an error before the server starts
+    for one in [opened] + ([] if other is None else [open_run(other)]):
+        for part in ("latents", "dimensions", "association", "grid"): getattr(one, part) # a missing part is an error before the server starts
     return serve(lambda: inspect_app(opened, other), port=port, show=show)
 
 # %% ../nbs/50_run.ipynb #48acae4d

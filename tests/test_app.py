@@ -54,7 +54,9 @@ def test_parts_that_are_missing_leave_words_not_errors():
     for missing in ("association", "dimensions", "decode", "spectra", "history"):
         less = {name: value for name, value in everything.items() if name != missing}
         look = app.inspector(**less, **({"wavelength": everything["spectra"].wavelength} if missing == "spectra" else {}))
-        assert len(look.__panel__()[2][1]) == 6
+        tabs = look.__panel__()[2][1]
+        for place in range(6): tabs.active = place
+        assert [len(page) for page in tabs] == [1] * 6
         look.choose("spec-003"), look.move(look.nodes[0], 0.5)
         look.retrieval_view(look.nearest(3)), look.cell_view(), look.slider_view(), look.reading_view(True), look.verdict()
         assert look.take("csv").read() and look.reopen(look.saved())
@@ -85,6 +87,19 @@ def test_a_failing_decoder_is_a_message():
     look = app.inspector(**less)
     look.move(0, 50.)
     assert np.isnan(look.moved()).all() and "decoder failed" in look.message
+
+
+@pytest.mark.parametrize("load, words", [(lambda: 1 / 0, "ZeroDivisionError"), (lambda: lambda z: np.ones((len(z), 3)), "take decoder and grid from the same bundle")])
+def test_a_decoder_that_cannot_be_had_is_a_message(load, words, monkeypatch):
+    everything = parts()
+    decode = everything.pop("decode")
+    monkeypatch.setattr(app, "_document", object)
+    look, late = (app.inspector(**everything, load_decoder=how) for how in (load, lambda: decode))
+    assert look.decode is None and look.slider_view() is not None
+    monkeypatch.setattr(app, "_document", lambda: None)
+    look.__panel__(), late.__panel__()
+    assert look.decode is None and words in look.message and "No decoder" in look.slider_view().data[2]
+    assert late.decode is decode and late.message == "" and len(late.slider_view()) == 2
 
 
 def test_a_name_from_the_browser_is_text_and_never_a_path(tmp_path):
@@ -238,7 +253,15 @@ const px=f.x_scale.compute(x),py=f.y_scale.compute(y);return [box.left+px,box.to
 @pytest.fixture(scope="module")
 def served():
     "The address of an inspector served by a process of its own."
-    code = PARTS + "\nfrom specnb.app import inspector, serve\nserve(lambda: inspector(**parts()))\n"
+    code = PARTS + """
+import time
+from specnb.app import inspector, serve
+def page():     # as for a run, the decoder comes after the page
+    everything = parts()
+    decode = everything.pop("decode")
+    return inspector(**everything, load_decoder=lambda: (time.sleep(1), decode)[1])
+serve(page)
+"""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     line = process.stdout.readline()
     yield line.split()[0]
