@@ -124,15 +124,16 @@ def analyse(
     module = _run_module()
     typer.echo(module.summary(module.analyse(run, split=split, groups=groups, catalogue=catalogue, on=on, n_permutations=n_permutations, seed=seed)))
 
-# %% ../nbs/51_cli.ipynb #67fb1622
+# %% ../nbs/51_cli.ipynb #9e9ad689
 @app.command()
 def inspect(
     run:Annotated[Path, typer.Argument(help="Run folder.")],
+    other:Annotated[Optional[Path], typer.Option(help="A second run folder: adds a tab that compares the two.")]=None,
     port:Annotated[int, typer.Option(help="Port of the server on localhost; 0: any free one.")]=0,
     show:Annotated[bool, typer.Option(help="Open a browser.")]=True,
 ):
     "Look at a run in the browser; the server listens on this machine only."
-    _run_module().inspect(run, port=port, show=show)
+    _run_module().inspect(run, other=other, port=port, show=show)
 
 # %% ../nbs/51_cli.ipynb #a95319f7
 def main(

@@ -145,9 +145,10 @@ def test_the_command_line_does_the_job(tmp_path, capfd):
     (["analyse", "{0}"], "config.json"),
     (["ingest", "{0}", "--store", "{0}/s.zarr", "--start", "5000"], "stop"),
     (["inspect", "{0}/nothing"], "not a folder"),
+    (["inspect", "{1}", "--other", "{0}/nothing"], "not a folder"),
 ])
-def test_errors_on_the_command_line_are_one_sentence(tmp_path, capfd, words, mend):
-    assert main([w.format(tmp_path) for w in words]) == 1
+def test_errors_on_the_command_line_are_one_sentence(tmp_path, made, capfd, words, mend):
+    assert main([w.format(tmp_path, made / "run") for w in words]) == 1
     err = capfd.readouterr().err
     assert mend in err and "Traceback" not in err
 
@@ -170,13 +171,22 @@ def test_a_run_whose_store_is_gone_can_still_be_looked_at(made, tmp_path):
     assert look.spectra is None and look.take("vot").read().startswith(b"<?xml") and np.isfinite(look.moved()).all()
 
 
+def test_two_runs_are_compared_when_their_tab_is_opened(made):
+    look = run_module.inspect_app(made / "run", made / "run")
+    tabs = look.__panel__()[2][1]
+    assert tabs._names[-1] == "Compare" and not len(tabs[-1])
+    tabs.active = len(tabs) - 1
+    table = tabs[-1][0][1][1].value
+    assert (table["latent_a"] == table["latent_b"]).all() and table["strength"].min() > 0.999
+
+
 def test_looking_at_a_run_waits_for_no_library_of_reading_or_learning():
     code = "import sys, specnb.cli, specnb.run; print(sorted({'torch', 'fastai', 'astropy', 'pyvo'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_inspect_listens_on_this_machine_only(made):
-    words = [shutil.which("specnb", path=os.path.dirname(sys.executable)), "inspect", str(made / "run"), "--no-show", "--port", "0"]
+    words = [shutil.which("specnb", path=os.path.dirname(sys.executable)), "inspect", str(made / "run"), "--other", str(made / "run"), "--no-show", "--port", "0"]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         text, start = "", time.time()
