@@ -497,36 +497,58 @@ def histogram_information(
     outer = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     return float((joint[joint > 0] * np.log(joint[joint > 0] / outer[joint > 0])).sum())
 
-# %% ../nbs/30_depend.ipynb #cd7bdc22
+# %% ../nbs/30_depend.ipynb #8359b436
+def _blocks(
+    n:int, # rows
+    size:int=1024, # rows a block
+)->list: # of slices
+    "Rows in pieces."
+    return [slice(first, first + size) for first in range(0, n, size)]
+
+def _centre(
+    values:np.ndarray, # (row, column), NaN where missing
+)->np.ndarray: # (column,) mean of what is present, 0 where nothing is
+    "Means of the columns."
+    total, count = np.zeros(values.shape[1]), np.zeros(values.shape[1])
+    for rows in _blocks(len(values)):
+        here = np.isfinite(values[rows])
+        total += values[rows].sum(0) if here.all() else np.where(here, values[rows], 0).sum(0)
+        count += here.sum(0)
+    return total / np.maximum(count, 1)
+
 def _prepared(
     values:np.ndarray, # (row, column), NaN where missing
-)->tuple: # centred values with 0 where missing (row, column); mask as float, or None when nothing is missing; floor of the variance (column,)
+    centre:np.ndarray, # (column,) from `_centre`
+)->tuple: # centred values with 0 where missing (row, column); mask as float, or None when nothing is missing
     "Columns ready for masked products."
     here = np.isfinite(values)
-    if here.all():
-        centre = values.mean(0)
-        return values - centre, None, (1e-13 * np.abs(centre)) ** 2
-    filled = np.where(here, values, 0)
-    centre = filled.sum(0) / np.maximum(here.sum(0), 1)
-    return np.where(here, filled - centre, 0), here.astype(float), (1e-13 * np.abs(centre)) ** 2
+    return (values - centre, None) if here.all() else (np.where(here, values - centre, 0), here.astype(float))
 
-# %% ../nbs/30_depend.ipynb #aac7a917
-def _masked_pearson(
+# %% ../nbs/30_depend.ipynb #e6960e17
+def _pair_sums(
     x:tuple, y:tuple, # from `_prepared`
     weights:np.ndarray|None=None, # (row,) None: 1 each
-)->np.ndarray: # (latent, label); NaN where a column is constant
-    "Pearson correlation of prepared columns, every pair on its own complete rows."
-    (x, x_here, x_floor), (y, y_here, y_floor) = x, y
-    weight = np.ones(len(x)) if weights is None else weights
-    y_here = np.ones((len(y), 1)) if y_here is None else y_here
-    y_mask, y_sum, y_square = (weight[:, None] * v for v in (y_here, y, y**2))
+)->list: # six arrays (latent, label) or (1, label)
+    "Weight, x, y, squares and product, summed over the complete rows of every pair."
+    (x, x_here), (y, y_here) = x, y
+    y_here = np.ones(y.shape) if y_here is None else y_here
+    mask = y_here if weights is None else weights[:, None] * y_here
     left = (lambda v: v.sum(0)[None]) if x_here is None else (lambda v: x_here.T @ v)
-    n, sum_y, square_y = left(y_mask), left(y_sum), left(y_square)
-    sum_x, square_x = x.T @ y_mask, (x**2).T @ y_mask
+    n, sum_y, sum_x, product = left(mask), left(mask * y), *np.split(x.T @ np.concatenate([mask, mask * y], 1), 2, axis=1)
+    return [n, sum_x, sum_y, (x * x).T @ mask, left(mask * y * y), product]
+
+# %% ../nbs/30_depend.ipynb #c958fb14
+def _correlation(
+    sums:list, # from `_pair_sums`
+    centre_x:np.ndarray, centre_y:np.ndarray, # (latent,), (label,) what was subtracted
+)->np.ndarray: # (latent, label); NaN where a column is constant
+    "Pearson correlation from sums."
+    n, sum_x, sum_y, square_x, square_y, product = sums
     with np.errstate(invalid="ignore", divide="ignore"):
         var_x, var_y = square_x / n - (sum_x / n) ** 2, square_y / n - (sum_y / n) ** 2
-        rho = (x.T @ y_sum / n - sum_x * sum_y / n**2) / np.sqrt(var_x * var_y)
-        return np.where((var_x > x_floor[:, None] + 1e-12 * square_x / n) & (var_y > y_floor + 1e-12 * square_y / n), rho, np.nan)
+        rho = (product / n - sum_x * sum_y / n**2) / np.sqrt(var_x * var_y)
+        floor_x, floor_y = (1e-13 * centre_x[:, None]) ** 2 + 1e-12 * square_x / n, (1e-13 * centre_y) ** 2 + 1e-12 * square_y / n
+        return np.where((var_x > floor_x) & (var_y > floor_y), rho, np.nan)
 
 def pearson_matrix(
     x:np.ndarray, # (row, latent), NaN where missing
@@ -534,9 +556,12 @@ def pearson_matrix(
     weights:np.ndarray|None=None, # (row,) None: 1 each
 )->np.ndarray: # (latent, label); NaN where a column is constant
     "Pearson correlation of every pair on its own complete rows, by masked matrix products."
-    return _masked_pearson(_prepared(np.asarray(x, float)), _prepared(np.asarray(y, float)), weights)
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    centres = _centre(x), _centre(y)
+    parts = [_pair_sums(*(_prepared(v[rows], c) for v, c in zip((x, y), centres)), None if weights is None else weights[rows]) for rows in _blocks(len(x))]
+    return _correlation([sum(part) for part in zip(*parts)], *centres) if parts else np.full((x.shape[1], y.shape[1]), np.nan)
 
-# %% ../nbs/30_depend.ipynb #aa1a4b5d
+# %% ../nbs/30_depend.ipynb #2b2db95e
 def spearman_matrix(
     x:np.ndarray, # (row, latent), NaN where missing
     y:np.ndarray, # (row, label), NaN where missing
@@ -545,32 +570,84 @@ def spearman_matrix(
     "Spearman correlation of every pair, ranked on its own complete rows."
     rho = np.full((x.shape[1], y.shape[1]), np.nan)
     weight = np.ones(len(x)) if weights is None else np.ascontiguousarray(weights, float)
-    tables = [np.ascontiguousarray(v.T, float) for v in (x, y)]
-    orders = [np.argsort(v, axis=1) for v in tables]
+    left, right = _sorted_table(x), _sorted_table(y)
     for x_here, x_columns in _patterns(x):
         for y_here, y_columns in _patterns(y):
-            rows = x_here & y_here
+            one, two, rows, block = [v[x_columns] for v in left], [v[y_columns] for v in right], x_here & y_here, np.ix_(x_columns, y_columns)
             if rows.sum() < 2: continue
-            ranks = [_average_among(v[columns], order[columns], rows, weight).T for v, order, columns in zip(tables, orders, (x_columns, y_columns))]
-            rho[np.ix_(x_columns, y_columns)] = pearson_matrix(*ranks, None if weights is None else weight[rows])
+            if len(x_columns) > 3 and len(y_columns) > 3: rho[block] = _ranked_block(one, two, rows, weight)
+            elif len(x_columns) >= len(y_columns): rho[block] = _rank_walks(*one, *_rank_weights(two, rows, weight))
+            else: rho[block] = _rank_walks(*two, *_rank_weights(one, rows, weight)).T
     return rho
 
-# %% ../nbs/30_depend.ipynb #59b664df
+def _sorted_table(
+    values:np.ndarray, # (row, column), NaN where missing
+)->tuple: # (column, row) each: values, their sorting, and whether a run of equal values ends there
+    "A table by columns, with the sorting of each."
+    columns = np.ascontiguousarray(np.asarray(values, float).T)
+    orders = np.argsort(columns, axis=1).astype(np.int32)
+    return columns, orders, _run_ends(columns, orders)
+
+# %% ../nbs/30_depend.ipynb #eab4bbc9
+@njit(cache=True, nogil=True)
+def _run_ends(
+    columns:np.ndarray, orders:np.ndarray, # (column, row) values and their sorting
+)->np.ndarray: # (column, row) bool, in sorted order
+    "The last of every run of equal values."
+    ends = np.ones(orders.shape, np.bool_)
+    for c in range(len(orders)):
+        for i in range(1, orders.shape[1]): ends[c, i - 1] = columns[c, orders[c, i]] != columns[c, orders[c, i - 1]]
+    return ends
+
 @njit(cache=True, nogil=True)
 def _average_among(
     values:np.ndarray, orders:np.ndarray, # (column, row) values and their sorting
     here:np.ndarray, weights:np.ndarray, # (row,) rows to keep, and weights of all rows
 )->np.ndarray: # (column, kept) average ranks among the rows kept
     "Average ranks of the kept rows, from the sorting of all rows."
-    ranks, order = np.empty((values.shape[0], here.sum())), np.empty(here.sum(), np.int64)
-    for c in range(values.shape[0]):
-        kept = 0
-        for row in orders[c]:
-            if here[row]:
-                order[kept] = row
-                kept += 1
-        ranks[c] = _tie_means(values[c], order, weights)[here]
+    ranks = np.empty((len(values), here.sum()))
+    for c in range(len(values)): ranks[c] = _tie_means(values[c], orders[c][here[orders[c]]], weights)[here]
     return ranks
+
+# %% ../nbs/30_depend.ipynb #b46134d5
+def _ranked_block(
+    x:list, y:list, # from `_sorted_table`
+    here:np.ndarray, weight:np.ndarray, # (row,) complete rows, weights
+)->np.ndarray: # (latent, label); NaN where a column is constant
+    "Spearman correlation of columns that miss the same rows."
+    return pearson_matrix(*(_average_among(*v[:2], here, weight).T for v in (x, y)), weight[here])
+
+def _rank_weights(
+    table:list, here:np.ndarray, weight:np.ndarray, # of `_ranked_block`
+)->tuple: # (column, row, 2) weight and weight times centred rank, 0 where missing; (column,) sum of squares
+    "Average ranks of a few columns, ready for sums over rows."
+    ranks, sums, spread = _average_among(*table[:2], here, weight), np.zeros((*table[0].shape, 2)), np.zeros(len(table[0]))
+    for c, rank in enumerate(ranks):
+        rank -= np.average(rank, weights=weight[here]) if weight[here].any() else 0
+        sums[c, here, 0], sums[c, here, 1] = weight[here], weight[here] * rank
+        spread[c] = (weight[here] * rank**2).sum() * (np.ptp(rank) > 0)
+    return sums, spread
+
+# %% ../nbs/30_depend.ipynb #199822ae
+@njit(cache=True, nogil=True)
+def _rank_walks(
+    columns:np.ndarray, orders:np.ndarray, ends:np.ndarray, # of `_sorted_table`, of the many
+    sums:np.ndarray, spread:np.ndarray, # of `_rank_weights`, of the few
+)->np.ndarray: # (many, few) NaN where a column is constant
+    "Spearman correlation of many columns with few."
+    rho = np.full((len(orders), len(spread)), np.nan)
+    for a, b in np.ndindex(rho.shape):
+        below, square, total, product, run, part, n_runs = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0
+        for i in range(orders.shape[1]):
+            run += sums[b, orders[a, i], 0]
+            part += sums[b, orders[a, i], 1]
+            if ends[a, i]:
+                rank = below + 0.5 * run
+                square, total, product = square + rank * rank * run, total + rank * run, product + rank * part
+                below, n_runs = below + run, n_runs + (run > 0)
+                run, part = 0.0, 0.0
+        if n_runs > 1 and spread[b] > 0: rho[a, b] = product / np.sqrt((square - total * total / below) * spread[b])
+    return rho
 
 # %% ../nbs/30_depend.ipynb #738e1aca
 @dataclass(frozen=True)
@@ -672,7 +749,7 @@ def _table_information(
             for j in range(n_bins): sum_row += clogc[column[j]]
             if total: mi[a, b] += (sum_joint - sum_row + clogc[total]) / total
 
-# %% ../nbs/30_depend.ipynb #9c507ade
+# %% ../nbs/30_depend.ipynb #8cb95cc1
 def tested_statistics(
     x:np.ndarray, # (row, latent), NaN where missing
     y:np.ndarray, # (row, label), NaN where missing
@@ -684,8 +761,9 @@ def tested_statistics(
     weights = row_weights(units, len(x))
     n_bins = n_bins or int(np.clip(np.sqrt(units.n_groups / 5), 3, 16))
     x_bins, y_bins = rank_bins(x, n_bins, weights), rank_bins(y, n_bins, weights)
-    y_scores, own, shape = _scores(y, weights), units.rows(), (len(permutations), x.shape[1], y.shape[1])
-    x_ready = _prepared(_scores(x, weights)[own.ravel()])
+    x_scores, y_scores, own, shape = _scores(x, weights), _scores(y, weights), units.rows(), (len(permutations), x.shape[1], y.shape[1])
+    centres = [_centre(v) for v in (x_scores[own.ravel()], y_scores[own.ravel()])]
+    x_ready = _prepared(x_scores[own.ravel()], centres[0])
     mi, rho = np.zeros(shape), np.empty(shape)
     counts = np.empty((shape[2], n_bins + 1, shape[1], n_bins + 1), np.int32)
     clogc = np.r_[0, np.arange(1, units.n_groups + 1) * np.log(np.arange(1, units.n_groups + 1))]
@@ -694,7 +772,7 @@ def tested_statistics(
         for mine, theirs in zip(own, given):
             _count(x_bins[mine], y_bins, theirs, counts)
             _table_information(counts, clogc, mi[r])
-        rho[r] = np.abs(_masked_pearson(x_ready, _prepared(y_scores[given.ravel()])))
+        rho[r] = np.abs(_correlation(_pair_sums(x_ready, _prepared(y_scores[given.ravel()], centres[1])), *centres))
     return mi / units.n_draws, np.nan_to_num(rho)
 
 # %% ../nbs/30_depend.ipynb #2024795f
