@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT', 'Inspector', 'Keys', 'inspector', 'serve']
 
-# %% ../nbs/41_app.ipynb #c96bab5a
+# %% ../nbs/41_app.ipynb #04454413
 import asyncio
 import ipaddress
 import socket
@@ -16,6 +16,7 @@ import holoviews as hv
 import numpy as np
 import pandas as pd
 import panel as pn
+import param
 import xarray as xr
 from fastcore.basics import patch
 from holoviews.streams import BoundsXY, Lasso, Params, Tap
@@ -26,20 +27,27 @@ from .desk import (
     calibrate_velocity, default_lines, lines_in_sight, neighbour_map, node_velocity, notebook_cell, principal_map, read_lines, read_state,
     row_at, rows_inside, selection_table, write_state)
 from .plots import (
-    CRITERIA, DRAWING, PALETTE, STATISTICS, correlation_matrix, dimensions_view, empty_view, history_view, information_matrix,
+    CRITERIA, CYCLE, DRAWING, PALETTE, STATISTICS, correlation_matrix, dimensions_view, empty_view, history_view, information_matrix,
     latent_scatter, masked_spans, neighbour_view, node_name, reduce_line, scatter_table, trace_panel)
 from .session import PERCENTS, Session, check_parts
 from .wave import doppler_factor
 
-# %% ../nbs/41_app.ipynb #e21fb9ea
+# %% ../nbs/41_app.ipynb #bbc8c381
 class Inspector(Session, Viewer):
     "The latent inspector; shows itself in a notebook and has `.servable()`."
+    tab = param.String(default="Nodes", doc="the tab that is open")
+    across = param.String(doc="name of the column along x of the map")
+    up = param.String(doc="name of the column along y of the map")
+    colour = param.String(default="none", doc="name of the column that colours the map, or none")
+
     def __init__(self, latents, association=None, dimensions=None, decode=None, *, load_decoder=None, history=None, lines=None, save_subset=None, write_votable=None, tabs=None, title="latents", **parts):
         if load_decoder is not None and _document() is None: decode, load_decoder = load_decoder(), None
         super().__init__(latents, association, dimensions, decode, **parts)
         self._load_decoder, self._at_decoder = load_decoder, []
         self.history, self.save_subset, self.write_votable, self.tabs, self.title = history, save_subset, write_votable, tabs or {}, title
-        self._drawn, self._timers, self._tables, self._quiet = {}, {}, {}, False
+        self._drawn, self._timers, self._tables, self._planes, self._quiet = {}, {}, {}, {}, False
+        first, second = (self.nodes * 2)[:2]
+        self.param.update(across=node_name(first), up=node_name(second), colour=self.label if self.label in latents.coords else "none")
         medium = "air" if self.wavelength is None else self.wavelength.attrs.get("medium", "air")
         self.lines, self.calibrations, self.units = default_lines(medium) if lines is None else lines, {}, {}
         self.param.watch(lambda event: self._soon("moved", lambda: self._redraw("moved"), 5), "code")
@@ -129,7 +137,7 @@ def speed(
     velocity, width = node_velocity(self.calibrations[node], value) if node in self.calibrations else (np.nan, np.nan)
     return f" ({velocity:+.1f} ± {width:.1f} km/s)" if np.isfinite(velocity) else ""
 
-# %% ../nbs/41_app.ipynb #0f687aea
+# %% ../nbs/41_app.ipynb #c44c84c6
 @patch
 def spectrum_lines(
     self:Inspector,
@@ -137,7 +145,16 @@ def spectrum_lines(
     "The lines of the slider view: observed, rebuilt, moved."
     real = self.observed()
     usable = np.full(len(self.wavelength), np.nan) if real is None else np.where(real["ivar"].values > 0, real["flux"].values, np.nan)
-    return {"observed": (usable, PALETTE["flux"]), "reconstruction": (self.rebuilt(), PALETTE["reconstruction"], 2.4), "moved": (self.moved(), PALETTE["moved"])}
+    return {"observed": (usable, PALETTE["flux"]), **self.selection_line(), "reconstruction": (self.rebuilt(), PALETTE["reconstruction"], 2.4), "moved": (self.moved(), PALETTE["moved"])}
+
+# %% ../nbs/41_app.ipynb #4c18b700
+@patch
+def selection_line(
+    self:Inspector,
+)->dict: # name -> ((wavelength,), colour), empty without a selection
+    "The median of the selected spectra as a line."
+    typical = self.typical()
+    return {} if typical is None else {f"median of {len(self.chosen):,} selected": (typical, CYCLE[3])}
 
 @patch
 def masked(
@@ -288,7 +305,7 @@ def reading_view(
     if self.decode is not None: panels.append(trace_panel(grid, self.residual_lines, "Residual [sigma]", spans, streams=streams(), height=200, show_legend=False))
     return hv.Layout(panels).cols(1)
 
-# %% ../nbs/41_app.ipynb #2c4c61e5
+# %% ../nbs/41_app.ipynb #b10b1a3a
 @patch
 def reading_lines(
     self:Inspector,
@@ -299,7 +316,7 @@ def reading_lines(
 @patch
 def _flux_alone(self:Inspector):
     real = self.observed()
-    return {"observed": (np.where(real["ivar"].values > 0, real["flux"].values, np.nan), PALETTE["flux"])}
+    return {"observed": (np.where(real["ivar"].values > 0, real["flux"].values, np.nan), PALETTE["flux"])} | self.selection_line()
 
 @patch
 def residual_lines(
@@ -310,7 +327,7 @@ def residual_lines(
     left = (real["flux"].values - self.rebuilt()) * np.sqrt(np.where(real["ivar"].values > 0, real["ivar"].values, np.nan))
     return {"residual": (left, PALETTE["residual"])}
 
-# %% ../nbs/41_app.ipynb #cb52e881
+# %% ../nbs/41_app.ipynb #9e5e8393
 @patch
 def ask(
     self:Inspector,
@@ -328,7 +345,7 @@ def column(
     name:str,      # of a coordinate, or "node 3"
 ):                 # number of a node, or name of a coordinate
     "What a name means as an axis."
-    if name.startswith("node ") and name[5:].isdigit() and int(name[5:]) in self.places: return int(name[5:])
+    if str(name).startswith("node ") and name[5:].isdigit() and int(name[5:]) in self.places: return int(name[5:])
     return name
 
 # %% ../nbs/41_app.ipynb #596f4db5
@@ -410,19 +427,21 @@ def verdict(
     return (f"<b>{_safe(self._caption())}</b> is <b>{_safe(row['kind'])}</b>: p = {row['p']:.2g} (isolation {row['p_latent']:.2g}, misfit {row['p_chi2']:.2g}). "
             f"At a false-alarm rate of {rate:.2g}, {table['novel'].sum():,} of {len(table):,} spectra are called novel; {table.attrs['expected_false_alarms']:.0f} would be by chance.")
 
-# %% ../nbs/41_app.ipynb #a6621e18
+# %% ../nbs/41_app.ipynb #78fd4526
 @patch
 def embed(
     self:Inspector,
     kind:str="PCA", # or "UMAP"
 )->tuple:           # names of the two columns
     "Add a plane of the shown nodes to the latents as two columns. Raises `ImportError` or `ValueError` with the mend for UMAP."
-    values = self.mean[:, [self.places[node] for node in self.nodes]]
-    if kind == "PCA": place, share = principal_map(values)
-    else: place, share = neighbour_map(values), (np.nan, np.nan)
+    n, columns = len(self.mean), [self.places[node] for node in self.nodes]
+    values = self.mean[:, columns] if self.guest is None else np.vstack([self.mean[:, columns], self.start[columns]])
+    if kind == "PCA": place, share = principal_map(values, n)
+    else: place, share = neighbour_map(values, n_own=n), (np.nan, np.nan)
     names = f"{kind.lower()}_1", f"{kind.lower()}_2"
     notes = [{"units": "", "long_name": f"{kind} {i}" + ("" if np.isnan(part) else f" ({part:.0%} of the scatter)")} for i, part in zip((1, 2), share)]
-    self.latents = self.latents.assign_coords({name: ("spectrum", place[:, i], notes[i]) for i, name in enumerate(names)})
+    self.latents = self.latents.assign_coords({name: ("spectrum", place[:n, i], notes[i]) for i, name in enumerate(names)})
+    self._planes |= {name: (self._guest_key(), place[-1, i]) for i, name in enumerate(names)}
     return names
 
 @patch
@@ -436,7 +455,7 @@ def take(
     table = selection_table(self.latents, rows, self.nodes)
     return BytesIO(self.write_votable(table) if kind == "vot" else table.to_csv(index=False).encode())
 
-# %% ../nbs/41_app.ipynb #bbf594bd
+# %% ../nbs/41_app.ipynb #311a4c6a
 @patch
 def map_view(
     self:Inspector,
@@ -449,13 +468,14 @@ def map_view(
     if not len(table): return empty_view(f"No spectrum has both {x} and {y}: choose other axes.")
     places = table.set_index("row")
     rings = hv.DynamicMap(lambda chosen: self._rings(places, chosen, size=7, line_color=PALETTE["reconstruction"], line_width=1.2), streams=[Params(self, ["chosen"])])
+    star = hv.DynamicMap(lambda guest: self._star(x, y), streams=[Params(self, ["guest"])])
     mark = hv.DynamicMap(lambda row, guest: self._rings(places, [row] if guest is None else [], size=15, line_color=PALETTE["residual"], line_width=2.5), streams=[Params(self, ["row", "guest"])])
     self._map_streams = BoundsXY(source=rings), Lasso(source=rings), Tap(source=rings)
     box, lasso, tap = self._map_streams
     box.add_subscriber(lambda bounds: self._select(table, None if bounds is None else np.reshape(bounds, (2, 2))))
     lasso.add_subscriber(lambda geometry: self._select(table, geometry))
     tap.add_subscriber(lambda x, y: self.choose(self.ids()[row_at(table, x, y)]) if x is not None and y is not None else None)
-    return (latent_scatter(self.latents, x, y, color, height=560) * rings * mark).opts(
+    return (latent_scatter(self.latents, x, y, color, height=560) * rings * mark * star).opts(
         backend="bokeh", tools=["pan", "wheel_zoom", "box_zoom"], active_tools=["lasso_select", "wheel_zoom"], backend_opts=DRAWING, default_tools=["save", "reset"], height=560, responsive=True, show_legend=False)
 
 @patch
@@ -470,13 +490,72 @@ def _rings(self:Inspector, places, rows, **style):
     here = places.loc[places.index.intersection(some), ["x", "y"]]
     return hv.Points(here, ["x", "y"], []).opts(backend="bokeh", fill_alpha=0, line_alpha=1. if len(some) < 200 else 0.3, tools=["tap", "box_select", "lasso_select"], **style)
 
-# %% ../nbs/41_app.ipynb #49146513
+# %% ../nbs/41_app.ipynb #1bec0f56
+@patch
+def guest_value(
+    self:Inspector,
+    name,      # number of a node, or name of a column
+)->float:      # NaN where it is not known
+    "Where the file that was brought along stands on an axis of the map."
+    if self.guest is None: return np.nan
+    if isinstance(name, int): return float(self.start[self.places[name]])
+    if name in ("pca_1", "pca_2") and self._planes.get(name, ("",))[0] != self._guest_key(): self.embed("PCA")
+    if name in self._planes: return float(self._planes[name][1]) if self._planes[name][0] == self._guest_key() else np.nan
+    told = self.guest["spectrum"].coords.get(name)
+    return float(told) if told is not None and told.ndim == 0 and np.issubdtype(told.dtype, np.number) else np.nan
+
+@patch
+def _star(self:Inspector, x, y):
+    here = np.array([[self.guest_value(x), self.guest_value(y)]])
+    return hv.Points(here[np.isfinite(here).all(1)], ["x", "y"]).opts(backend="bokeh", marker="star", size=24, color=PALETTE["accent"], line_color="white", line_width=1)
+
+@patch
+def guest_note(
+    self:Inspector,
+)->str: # HTML
+    "Where on the map the file that was brought along is."
+    if self.guest is None: return ""
+    lost = [name for name in (self.across, self.up) if not np.isfinite(self.guest_value(self.column(name)))]
+    mend = "press UMAP to place it" if lost and lost[0].startswith("umap") else "choose nodes, PCA, or what its header tells"
+    return f"★ {_safe(self.guest['name'])}" + (f" has no {_safe(lost[0])}, so no place on this map: {mend}" if lost else "")
+
+# %% ../nbs/41_app.ipynb #e9fb1278
+@patch
+def map_columns(
+    self:Inspector,
+)->list: # names of nodes and of numbers along spectrum
+    "What may stand along an axis of the map."
+    return [*map(node_name, self.places), *[str(name) for name, c in self.latents.coords.items() if c.dims == ("spectrum",) and np.issubdtype(c.dtype, np.number)]]
+
+@patch
+def tab_names(
+    self:Inspector,
+)->list: # in order
+    "What the tabs are called."
+    return ["Nodes", "Spectrum", "Matrices", "Neighbours", "Map", "Training", *self.tabs]
+
+@patch
+def arranged(
+    self:Inspector,
+    asked:dict, # tab, across, up, colour: some of them; others are passed over
+)->dict:        # those of these four that are asked for
+    "Which tab and axes a state asks for. Raises `ValueError` for what is not here."
+    words = [str(name) for name, c in self.latents.coords.items() if c.dims == ("spectrum",)]
+    known = dict(tab=self.tab_names(), across=self.map_columns(), up=self.map_columns(), colour=["none", *self.map_columns(), *words])
+    wanted = {name: str(asked[name]) for name in known if name in asked}
+    for name, value in wanted.items():
+        mend = "press UMAP on the map first" if value.startswith("umap_") else "open the run, and the other run, that this view is of"
+        if value not in known[name]: raise ValueError(f"there is no {value[:60]!r} for {name} here: {mend}")
+    return wanted
+
+# %% ../nbs/41_app.ipynb #c1aa170a
 @patch
 def saved(
     self:Inspector,
 )->str: # JSON
     "The state as text."
-    return write_state(spectrum=str(self.ids()[self.row]), node=int(self.node), label=self.label, code=self.code, chosen=[str(name) for name in self.ids()[self.chosen]])
+    return write_state(spectrum=str(self.ids()[self.row]), node=int(self.node), label=self.label, code=self.code, chosen=[str(name) for name in self.ids()[self.chosen]],
+                       tab=self.tab, across=self.across, up=self.up, colour=self.colour)
 
 @patch
 def reopen(
@@ -487,27 +566,32 @@ def reopen(
     try:
         state = read_state(text)
         if "spectrum" in state and state["spectrum"] not in self.ids(): raise ValueError(f"this state is about {state['spectrum'][:60]!r}, which is not among these spectra")
+        places = self.arranged(state)
         if len(state.get("code", self.code)) != len(self.code): raise ValueError(f"this state has a code of {len(state['code'])} nodes, these latents have {len(self.code)}")
     except ValueError as error: self.message = str(error); return False
     if "spectrum" in state and not self.choose(state["spectrum"]): return False
     self.ask(state.get("label", self.label), node_name(state.get("node", self.node)))
     if "chosen" in state: self.chosen = np.flatnonzero(np.isin(self.ids(), state["chosen"]))
     if "code" in state: self.code = np.array(state["code"], float)
+    self.param.update(**places)
     return True
 
-# %% ../nbs/41_app.ipynb #47a3dc5b
+# %% ../nbs/41_app.ipynb #8994115f
 @patch
 def follow_address(
     self:Inspector,
 )->None:
-    "Take spectrum, node and label from the address of the page, and keep them there."
+    "Take spectrum, node, label, tab and axes from the address of the page, and keep them there."
     location = pn.state.location
     if location is None or _document() is None: return
     asked = {name: str(value)[:200] for name, value in location.query_params.items()}
     if "spectrum" in asked: self.choose(asked["spectrum"])
     if "node" in asked or "label" in asked: self.ask(asked.get("label", self.label), node_name(asked.get("node", self.node)))
-    def write(*_): location.update_query(spectrum=str(self.ids()[self.row]), node=int(self.node), label=self.label)
-    self.param.watch(write, ["row", "node", "label"])
+    try: self.param.update(**self.arranged(asked))
+    except ValueError as error: self.message = str(error)
+    kept = ["node", "label", "tab", "across", "up", "colour"]
+    def write(*_): location.update_query(spectrum=str(self.ids()[self.row]), **{name: getattr(self, name) for name in kept})
+    self.param.watch(write, ["row", *kept])
 
 # %% ../nbs/41_app.ipynb #209f5918
 class Keys(JSComponent):
@@ -530,19 +614,28 @@ class Keys(JSComponent):
     def _handle_msg(self, key):
         if isinstance(key, str) and len(key) == 1: self._heard(key)
 
-# %% ../nbs/41_app.ipynb #d0a90e85
+# %% ../nbs/41_app.ipynb #da4662e5
 @patch
 def press(
     self:Inspector,
     key:str,       # "n", "p", "r", or a digit
 )->None:
     "What a key does."
-    ids = self.ids()
-    if key in "np": self.choose(ids[(self.row + (1 if key == "n" else -1)) % len(ids)])
+    if key in "np":
+        rows = np.sort(self.chosen) if len(self.chosen) else np.arange(len(self.mean))
+        place = np.searchsorted(rows, self.row, "right") if key == "n" else np.searchsorted(rows, self.row) - 1
+        self.choose(self.ids()[rows[place % len(rows)]])
     elif key == "r": self.reset()
-    elif key.isdigit() and 0 < int(key) <= len(self._tabs): self._tabs.active = int(key) - 1
+    elif key.isdigit() and 0 < int(key) <= len(self.tab_names()): self.tab = self.tab_names()[int(key) - 1]
 
-# %% ../nbs/41_app.ipynb #4e0a7d41
+@patch
+def gather(
+    self:Inspector,
+)->None:
+    "Put all nodes to the median of the selected spectra."
+    self.code = np.nanmedian(self.mean[self.chosen], axis=0).astype(float)
+
+# %% ../nbs/41_app.ipynb #b0a00f6a
 def _pane(view): return pn.pane.HoloViews(view, backend="bokeh", linked_axes=False, sizing_mode="stretch_width")
 
 @patch
@@ -555,11 +648,12 @@ def _chooser(self:Inspector):
     drop = pn.widgets.FileInput(accept=".fits,.fit,.fits.gz,.fz", sizing_mode="stretch_width", margin=(0, 10))
     drop.param.watch(lambda event: event.new is not None and self.bring(drop.filename or "a file", event.new), "value")
     known = self.read_upload is not None
+    among = pn.pane.HTML(pn.bind(lambda rows: f"<small>stepping through {len(rows):,} selected spectra</small>", self.param.chosen), margin=(0, 10), visible=pn.bind(lambda rows: len(rows) > 0, self.param.chosen))
     own = pn.Column(pn.pane.HTML("<small>or drop a FITS file of your own:</small>", margin=(4, 10, 0, 10)), drop, sizing_mode="stretch_width", visible=known)
     card = pn.pane.HTML(pn.bind(lambda row, guest: self._card(), self.param.row, self.param.guest), sizing_mode="stretch_width")
-    return pn.Column(field, pn.Row(back, on, sizing_mode="stretch_width"), own, card, sizing_mode="stretch_width")
+    return pn.Column(field, pn.Row(back, on, sizing_mode="stretch_width"), among, own, card, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #0c6dee34
+# %% ../nbs/41_app.ipynb #319d9e0a
 @patch
 def _card(self:Inspector):
     "The chosen spectrum in a few lines: id and labels with their units."
@@ -577,9 +671,11 @@ def _card(self:Inspector):
 def _slider_column(self:Inspector):
     back = _widget(pn.widgets.Button, "Reset to the spectrum", **_STRONG, sizing_mode="stretch_width", on_click=lambda event: self.reset())
     speak = _widget(pn.widgets.Button, "Which node is a velocity?", sizing_mode="stretch_width", visible=not self.calibrations and (self.decode is not None or self._load_decoder is not None))
+    gather = _widget(pn.widgets.Button, "Median of the selection", sizing_mode="stretch_width", visible=pn.bind(lambda rows: len(rows) > 0, self.param.chosen),
+                     on_click=lambda event: self.gather())
     def find(event): self._later(speak, lambda: self.calibrate(by_decoder=True), lambda nodes: self._follow())
     speak.on_click(find)
-    return pn.Column("### Nodes", *self.sliders(), back, self._sweep(), speak, sizing_mode="stretch_width")
+    return pn.Column("### Nodes", *self.sliders(), back, gather, self._sweep(), speak, sizing_mode="stretch_width")
 
 # %% ../nbs/41_app.ipynb #6b84d33d
 @patch
@@ -594,7 +690,7 @@ def _sweep(self:Inspector):
     player.param.watch(frame, "value")
     return player
 
-# %% ../nbs/41_app.ipynb #fe6df66e
+# %% ../nbs/41_app.ipynb #bad8d32a
 @patch
 def _spectrum_tab(self:Inspector):
     frame = _widget(pn.widgets.RadioButtonGroup, "Frame", options={"as stored": False, "rest frame of the star": True}, align="end")
@@ -609,6 +705,7 @@ def _spectrum_tab(self:Inspector):
     own.param.watch(load, "value")
     for widget in (frame, named): widget.param.watch(redraw, "value")
     self._at_decoder.append(redraw)
+    self.param.watch(redraw, "chosen")
     return pn.Column(pn.Row(frame, named, pn.pane.HTML("line list of your own:", align="end"), own), picture, sizing_mode="stretch_width")
 
 # %% ../nbs/41_app.ipynb #161111d0
@@ -678,26 +775,24 @@ def _retrieval_tab(self:Inspector):
     strange.on_click(judge)
     return pn.Column(pn.Row(k, other, within, go, strange), words, picture, table, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #c4e76a03
+# %% ../nbs/41_app.ipynb #23e62164
 @patch
 def _map_tab(self:Inspector):
-    def axes(): return {node_name(node): node for node in self.places} | {str(name): str(name) for name, c in self.latents.coords.items() if c.dims == ("spectrum",) and np.issubdtype(c.dtype, np.number)}
-    along = {str(name): str(name) for name, c in self.latents.coords.items() if c.dims == ("spectrum",) and name != "spectrum_id"}
-    first, second = (self.nodes * 2)[:2]
-    x, y = _widget(pn.widgets.Select, "Across", options=axes(), value=first, width=140), _widget(pn.widgets.Select, "Up", options=axes(), value=second, width=140)
-    color = _widget(pn.widgets.Select, "Colour", options={"none": None} | axes() | along, value=self.label if self.label in along else None, width=140)
+    words = [str(name) for name, c in self.latents.coords.items() if c.dims == ("spectrum",) and str(name) not in ("spectrum_id", *self.map_columns())]
+    axes = [_widget(pn.widgets.Select, text, options=self.map_columns(), value=value, width=140) for text, value in (("Across", self.across), ("Up", self.up))]
+    color = _widget(pn.widgets.Select, "Colour", options=["none", *self.map_columns(), *words], value=self.colour, width=140)
     plane = [_widget(pn.widgets.Button, kind, align="end") for kind in ("PCA", "UMAP")]
-    picture = _pane(self.map_view(x.value, y.value, color.value))
-    def redraw(*_):
-        if not self._quiet: picture.object = self.map_view(x.value, y.value, color.value)
+    note, picture = pn.pane.HTML("", align="end"), _pane(None)
+    def redraw(*_): note.object, picture.object = self.guest_note(), self.map_view(self.column(self.across), self.column(self.up), None if self.colour == "none" else self.column(self.colour))
     def lay(names):
         if names is None: return
-        self._quiet, x.options, y.options = True, axes(), axes()
-        x.value, y.value, self._quiet = *names, False
-        redraw()
+        for widget in axes: widget.options = self.map_columns()
+        self.param.update(across=names[0], up=names[1]), redraw()
     for button, kind in zip(plane, ("PCA", "UMAP")): button.on_click(lambda event, kind=kind: self._later(picture, lambda: self.embed(kind), lay))
-    for widget in (x, y, color): widget.param.watch(redraw, "value")
-    return pn.Column(pn.Row(x, y, color, *plane), self._selection_row(), picture, sizing_mode="stretch_width")
+    for widget, name in zip((*axes, color), ("across", "up", "colour")): widget.link(self, value=name, bidirectional=True)
+    redraw()
+    self.param.watch(redraw, ["across", "up", "colour", "guest"])
+    return pn.Column(pn.Row(*axes, color, *plane, note), self._selection_row(), picture, sizing_mode="stretch_width")
 
 # %% ../nbs/41_app.ipynb #c8d718ec
 @patch
@@ -724,27 +819,34 @@ def _training_tab(self:Inspector):
     losses = pn.Row(*[_pane(part) for part in history_view(self.history)], sizing_mode="stretch_width")
     return pn.Column(losses, criterion if there else None, pane, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #b1910f0c
+# %% ../nbs/41_app.ipynb #7174b1ea
 @patch
 def _nodes_tab(self:Inspector):
     pane = _pane(self.slider_view())
-    self._at_decoder.append(lambda: setattr(pane, "object", self.slider_view()))
+    def redraw(*_): pane.object = self.slider_view()
+    self._at_decoder.append(redraw)
+    self.param.watch(redraw, "chosen")
     self.fetch_decoder(pane)
     return pane
 
+# %% ../nbs/41_app.ipynb #37ad40be
 @patch
 def _open_tab(self:Inspector):
     "Make the tab that is looked at, the first time it is."
-    page, make = self._tabs[self._tabs.active], list(self._makers.values())[self._tabs.active]
+    place = self.tab_names().index(self.tab)
+    page, make = self._tabs[place], self._makers[self.tab]
     if not len(page): page.append(make() if callable(make) else make)
+    self._tabs.active = place
 
 @patch
 def _make_tabs(self:Inspector):
     here = ":host(.bk-above) .bk-header .bk-tab.bk-active {color: inherit; background: transparent; font-weight: bold}"
     self._makers = {"Nodes": self._nodes_tab, "Spectrum": self._spectrum_tab, "Matrices": self._matrix_tab, "Neighbours": self._retrieval_tab,
                     "Map": self._map_tab, "Training": self._training_tab} | self.tabs
-    self._tabs = pn.Tabs(*[(name, pn.Column(sizing_mode="stretch_width")) for name in self._makers], dynamic=True, sizing_mode="stretch_width", stylesheets=[here])
-    self._tabs.param.watch(lambda event: self._open_tab(), "active")
+    self._tabs = pn.Tabs(*[(name, pn.Column(sizing_mode="stretch_width")) for name in self._makers], dynamic=True, sizing_mode="stretch_width", stylesheets=[here],
+                         active=self.tab_names().index(self.tab))
+    self._tabs.param.watch(lambda event: self.param.update(tab=self.tab_names()[event.new]), "active")
+    self.param.watch(lambda event: self._open_tab(), "tab")
     self._open_tab()
     return self._tabs
 

@@ -19,34 +19,38 @@ from sklearn.isotonic import IsotonicRegression
 from .simulate import named_lines
 from .wave import air_to_vacuum, doppler_factor
 
-# %% ../nbs/40_desk.ipynb #a9835d89
+# %% ../nbs/40_desk.ipynb #87fb079b
 def principal_map(
     values:np.ndarray, # (spectrum, node) NaN rows keep no place
+    n_own:int=None,    # the first so many make the plane, the rest are placed on it; `None`: all
 )->tuple:              # (spectrum, 2) coordinates, (2,) share of the scatter
     "First two principal components of the standardised nodes. The sign is fixed: the largest weight is positive."
-    good = np.isfinite(values).all(1)
-    spread = values[good].std(0)
-    unit = (values - values[good].mean(0)) / np.where(spread > 0, spread, np.inf)
-    _, size, axes = np.linalg.svd(np.cov(unit[good], rowvar=False, ddof=0).reshape(unit.shape[1], -1))
+    values, good = np.asarray(values, float), np.isfinite(values).all(1)
+    own = good & (np.arange(len(values)) < (n_own or len(values)))
+    spread = values[own].std(0)
+    unit = (values - values[own].mean(0)) / np.where(spread > 0, spread, np.inf)
+    _, size, axes = np.linalg.svd(np.cov(unit[own], rowvar=False, ddof=0).reshape(unit.shape[1], -1))
     axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), np.abs(axes[:2]).argmax(1)])[:, None]
     place = np.zeros((len(values), 2))
     place[:, :len(axes)] = unit @ axes.T
     return np.where(good[:, None], place, np.nan), np.resize(size / max(size.sum(), 1e-300), 2)
 
-# %% ../nbs/40_desk.ipynb #fee237f9
+# %% ../nbs/40_desk.ipynb #084ff625
 def neighbour_map(
     values:np.ndarray,     # (spectrum, node) NaN rows keep no place
     seed:int=0,            # of the layout
     n_learn:int=20_000,    # spectra it learns from
+    n_own:int=None,        # the first so many may be learnt from, the rest are only placed; `None`: all
 )->np.ndarray:             # (spectrum, 2)
     "UMAP of the standardised nodes. Raises `ImportError`, with the mend, where umap-learn is not installed, `ValueError` below 20 spectra."
     try: umap = importlib.import_module("umap")
     except ImportError: raise ImportError("UMAP needs the package umap-learn: pip install umap-learn, then start again; PCA needs nothing") from None
     good = np.flatnonzero(np.isfinite(values).all(1))
     if len(good) < 20: raise ValueError(f"UMAP of {len(good)} spectra says nothing: use PCA")
-    spread = values[good].std(0)
-    unit = ((values - values[good].mean(0)) / np.where(spread > 0, spread, np.inf)).astype(np.float32)
-    learn = np.sort(np.random.default_rng(seed).permutation(good)[:n_learn])
+    own = good[good < (n_own or len(values))]
+    spread = values[own].std(0)
+    unit = ((values - values[own].mean(0)) / np.where(spread > 0, spread, np.inf)).astype(np.float32)
+    learn = np.sort(np.random.default_rng(seed).permutation(own)[:n_learn])
     model = umap.UMAP(random_state=seed, n_jobs=1).fit(unit[learn])
     place = np.full((len(values), 2), np.nan)
     place[learn], rest = model.embedding_, np.setdiff1d(good, learn)
@@ -173,18 +177,18 @@ def notebook_cell(
         lines[-1] += f" {word}"
     return "\n".join([*lines, "]", 'selection = latents.isel(spectrum=np.isin(latents["spectrum_id"].values.astype(str), chosen))'])
 
-# %% ../nbs/40_desk.ipynb #6dfb4911
-_STATE = {"specnb": (int, 1), "spectrum": (str, 200), "node": (int, 10**6), "label": (str, 200), "code": (list, 4096), "chosen": (list, 10**6)}
+# %% ../nbs/40_desk.ipynb #c6bf5380
+_STATE = {"specnb": (int, 1), "spectrum": (str, 200), "node": (int, 10**6), "label": (str, 200), "code": (list, 4096), "chosen": (list, 10**6)} | dict.fromkeys(("tab", "across", "up", "colour"), (str, 200))
 
 def write_state(
-    **entries, # spectrum, node, label, code, chosen
+    **entries, # spectrum, node, label, code, chosen, tab, across, up, colour
 )->str:        # JSON
     "A state of the inspector as text."
     return json.dumps({"specnb": 1} | {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in entries.items()})
 
 def read_state(
     text, # str or bytes
-)->dict:  # spectrum, node, label, code, chosen: those that are there
+)->dict:  # the entries of `write_state` that are there
     "Check and read a saved state. Raises `ValueError` saying what is wrong with it."
     try: state = json.loads(text)
     except (ValueError, UnicodeDecodeError, RecursionError): raise ValueError("this is no saved state: it is not JSON") from None

@@ -148,7 +148,7 @@ def move(
     code[self.places[node]] = value
     self.param.update(code=code, node=node)
 
-# %% ../nbs/40_session.ipynb #2bc51567
+# %% ../nbs/40_session.ipynb #96e0b365
 @patch
 def observed(
     self:Session,
@@ -158,19 +158,24 @@ def observed(
     if row is None and self.guest is not None: return self.guest["spectrum"]
     if self.spectra is None: return None
     if row is None: return self._keep("observed", self.row, lambda: self.observed(self.row))
-    if "rows" not in self._kept: self._kept["rows"] = {str(name): i for i, name in enumerate(self.spectra["spectrum_id"].values)}
-    place = self._kept["rows"].get(self.ids()[row])
-    if place is None: return None
-    return self.ready(self.spectra.isel(spectrum=[place]))
+    places = self._store_places([row])
+    return self.ready(self.spectra.isel(spectrum=places)).isel(spectrum=0) if len(places) else None
 
-# %% ../nbs/40_session.ipynb #0b5ad253
+@patch
+def _store_places(self:Session, rows):
+    "Where spectra stand in the store, those that do."
+    if "rows" not in self._kept: self._kept["rows"] = {str(name): i for i, name in enumerate(self.spectra["spectrum_id"].values)}
+    found = [self._kept["rows"].get(self.ids()[row]) for row in rows]
+    return [place for place in found if place is not None]
+
+# %% ../nbs/40_session.ipynb #e0c28030
 @patch
 def ready(
     self:Session,
-    one:xr.Dataset, # a Dataset of one spectrum
-)->xr.Dataset:      # (wavelength,) in units of its median
-    "A spectrum prepared as the network saw it."
-    return (prepare(one, self.recipe) if self.recipe is not None else normalise(one)).isel(spectrum=0).load()
+    some:xr.Dataset, # a few spectra of the store, or on its grid
+)->xr.Dataset:       # (spectrum, wavelength) in units of the median, in memory
+    "Spectra prepared as the network saw them."
+    return (prepare(some, self.recipe) if self.recipe is not None else normalise(some)).load()
 
 @patch
 def decoded(
@@ -181,6 +186,21 @@ def decoded(
     try: return np.asarray(self.decode(codes.astype(np.float32)))
     except Exception as error: self.message = f"The decoder failed: {type(error).__name__}: {error}"
     return np.full((len(codes), len(self.wavelength)), np.nan)
+
+# %% ../nbs/40_session.ipynb #fd0d5e1d
+@patch
+def typical(
+    self:Session,
+    n_most:int=25, # spectra that are read
+):                 # (wavelength,) flux in units of the median, NaN where all are masked; None without selection or store
+    "Median of the selected spectra."
+    def make():
+        some = self.chosen[np.unique(np.linspace(0, len(self.chosen) - 1, min(n_most, len(self.chosen))).astype(int))]
+        places = self._store_places(some)
+        if not places: return None
+        part = self.ready(self.spectra.isel(spectrum=sorted(places)))
+        return part["flux"].where(part["ivar"] > 0).median("spectrum").values
+    return self._keep("typical", self.chosen.tobytes(), make) if self.spectra is not None and len(self.chosen) else None
 
 # %% ../nbs/40_session.ipynb #4d9e2d52
 @patch
@@ -230,7 +250,7 @@ def quantiles(
     "What a slider of this node runs over."
     return self._keep(f"quantiles {node}", node, lambda: np.nanpercentile(self.mean[:, self.places[node]], PERCENTS))
 
-# %% ../nbs/40_session.ipynb #2f08f91e
+# %% ../nbs/40_session.ipynb #d9c3997f
 @patch
 def bring(
     self:Session,
@@ -246,7 +266,7 @@ def bring(
         spectrum = self.read_upload(caption, data)
         code = self.encode(spectrum)
         if not np.isfinite(code["mean"].values[0]).all(): raise ValueError("its code is NaN: it has no usable pixel on the grid of the network")
-        self.param.update(guest=dict(name=caption, spectrum=self.ready(spectrum), latents=code.isel(spectrum=[0])), message="")
+        self.param.update(guest=dict(name=caption, spectrum=self.ready(spectrum).isel(spectrum=0), latents=code.isel(spectrum=[0])), message="")
     except Exception as error: self.message = f"{caption!r} cannot be shown: {error}"
     return not self.message
 

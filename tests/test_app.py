@@ -182,7 +182,7 @@ def test_the_verdict_is_about_the_guest_who_is_there():
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe", "[]", "{}", '{"specnb": 2}', '{"specnb": 1, "file": "/etc/passwd"}', '{"specnb": 1, "code": [1, 2]}', '{"specnb": 1, "code": [NaN, 0, 0, 0]}',
-                                  '{"specnb": 1, "spectrum": "../../x"}', '{"specnb": 1, "node": true}', '{"specnb": 1, "chosen": [["a"]]}', "[" * 100_000])
+                                  '{"specnb": 1, "spectrum": "../../x"}', '{"specnb": 1, "node": true}', '{"specnb": 1, "chosen": [["a"]]}', '{"specnb": 1, "tab": "Compare"}', '{"specnb": 1, "up": 3}', '{"specnb": 1, "node": 2, "colour": "<b>"}', "[" * 100_000])
 def test_a_bad_saved_view_is_a_message_and_changes_nothing(text):
     look = app.inspector(**parts())
     before = look.saved()
@@ -204,10 +204,38 @@ def test_selection_drives_matrix_neighbours_and_cloud():
     assert nodes["mi"].shape == (3, 3) and np.isnan(np.diag(nodes["mi"])).all()
 
 
+def test_a_guest_has_a_place_on_every_map_that_knows_it(tmp_path):
+    everything = parts()
+    write_adp(everything["spectra"].isel(spectrum=[11]), tmp_path / "mine.fits")
+    look = app.inspector(**everything)
+    before = look.latents["pca_1"].values.copy()
+    assert look.guest_note() == "" and np.isnan(look.guest_value(0))
+    look.bring("mine.fits", (tmp_path / "mine.fits").read_bytes())
+    np.testing.assert_allclose([look.guest_value(0), look.guest_value("pca_1"), look.guest_value("pca_2")], [look.mean[11, 0], before[11], look.latents["pca_2"].values[11]], rtol=1e-6)
+    np.testing.assert_allclose(look.latents["pca_1"].values, before, rtol=1e-9)
+    assert np.isnan(look.guest_value("teff")) and "no place" not in look.guest_note()
+    look.up = "teff"
+    assert "has no teff" in look.guest_note() and look.map_view(0, "teff") is not None
+
+
+def test_the_selection_is_stepped_through_and_has_a_spectrum():
+    look = app.inspector(**parts())
+    look.chosen = np.array([40, 3, 17])
+    seen = []
+    for key in "nnnnp": look.press(key); seen.append(look.row)
+    assert seen == [3, 17, 40, 3, 40]
+    several = np.array([look.observed(row)["flux"].values for row in (3, 17, 40)])
+    np.testing.assert_allclose(look.typical(), np.median(several, axis=0), rtol=1e-5)
+    look.gather()
+    np.testing.assert_allclose(look.code, np.median(look.mean[[3, 17, 40]], axis=0), rtol=1e-5)
+    assert "median of 3 selected" in look.spectrum_lines() and "median of 3 selected" in look.reading_lines()
+
+
 def test_a_map_without_umap_says_so(monkeypatch):
     look = app.inspector(**parts())
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ImportError, match="pip install umap-learn"): look.embed("UMAP")
+    assert not look.reopen('{"specnb": 1, "across": "umap_1"}') and "press UMAP" in look.message
     assert "pca_1" in look.latents.coords and np.isfinite(look.latents["pca_1"].values).all()
 
 
@@ -303,8 +331,10 @@ class Page:
 
     def wait(self, condition, what, seconds=30):
         end = time.perf_counter() + seconds
+        from selenium.common.exceptions import StaleElementReferenceException
         while time.perf_counter() < end:
-            found = condition()
+            try: found = condition()
+            except StaleElementReferenceException: continue     # the page was drawn anew meanwhile
             if found: return found
             time.sleep(0.05)
         raise AssertionError(f"waited {seconds} s in vain for {what}")
@@ -345,6 +375,11 @@ class Page:
 
     def place(self, kind, x, y): return self.wait(lambda: self.window.execute_script(PLACE, kind, x, y), f"a plot with {kind}")
     def select(self, name): return next(group for group in self.all(".bk-input-group") if group.text.startswith(f"{name}\n")).find_element("css selector", "select")
+
+    def legends(self):
+        "Words of all legends in plots that are on the screen."
+        return self.window.execute_script("""const out=[];for(const doc of Bokeh.documents)for(const m of doc._all_models.values())if(m.type=='Legend')for(const i of m.items)
+            if(i.visible&&i.renderers.length&&Bokeh.index.find_one(i.renderers[0]))out.push(i.label.value);return out""")
 
     def complaints(self):
         return [entry["message"] for entry in self.window.get_log("browser") if entry["level"] == "SEVERE"]
@@ -448,6 +483,16 @@ def test_a_dropped_file_is_read_and_a_broken_one_is_said(page, tmp_path):
     assert row.find_element("css selector", "[tabulator-field=spectrum_id]").text == "spec-011"
     next(button for button in page.all("button") if button.text.startswith("How strange")).click()
     page.wait(lambda: "false-alarm rate" in page.text(), "the verdict")
+    page.tab("Map")
+    page.wait(lambda: "★ mine.fits" in page.text(), "the note on the map")
+    stars = """const out=[];for(const doc of Bokeh.documents)for(const m of doc._all_models.values())if(m.type=='GlyphRenderer'&&(m.glyph.marker?.value=='star'||m.glyph.marker=='star')){
+        const d=m.data_source.data,at=k=>(d.get?d.get(k):d[k]);out.push([+at(m.glyph.x.field)[0],+at(m.glyph.y.field)[0]])};return out"""
+    exec(PARTS, space)
+    latents, dims = (space["parts"]()[name] for name in ("latents", "dimensions"))
+    code = latents["mean"].values[11, shown_nodes(latents, dims)[:2]]
+    page.wait(lambda: [place for place in page.window.execute_script(stars) if np.allclose(place, code, atol=1e-4)], "the star at its code")
+    page.choose("Across", "teff")
+    page.wait(lambda: "has no teff, so no place on this map" in page.text(), "a word on what the file does not tell")
     door = page.all("input[type=file][accept*=fits]")[0]
     door.send_keys(str(tmp_path / "cat.fits"))
     page.wait(lambda: "'cat.fits' cannot be shown" in page.text(), "the message")
@@ -463,9 +508,16 @@ def test_keys_and_the_address_keep_the_place(page):
     page.wait(lambda: "spectrum=spec-002" in page.window.current_url, "the address")
     page.type("4")
     page.wait(lambda: page.all(".tabulator-row"), "the fourth tab")
+    page.type("5")
+    page.wait(lambda: any(group.text.startswith("Up") for group in page.all(".bk-input-group")), "the map")
+    page.choose("Up", "pca_2")
+    page.choose("Colour", "none")
+    page.wait(lambda: "up=pca_2" in page.window.current_url and "tab=Map" in page.window.current_url and "colour=none" in page.window.current_url, "tab and axes in the address")
     page.window.get(page.window.current_url)
     page.wait(lambda: page.all(".bk-tab"), "the tabs")
     page.wait(lambda: "spec-002 " in page.text(), "the same spectrum from the address")
+    page.wait(lambda: any(group.text.startswith("Up") for group in page.all(".bk-input-group")), "the map at once")
+    assert page.select("Up").get_attribute("value") == "pca_2" and page.select("Colour").get_attribute("value") == "none"
 
 
 def test_a_dark_page_is_dark(page):
@@ -510,6 +562,14 @@ def test_a_lasso_on_the_map_selects(page):
     shown = shown_nodes(latents, space["parts"]()["dimensions"])[:2]
     expected = (np.abs(latents["mean"].values[:, shown]) <= 0.9).all(1).sum()
     assert abs(number - expected) <= 2, (number, expected)
+    words = f"median of {number} selected"
+    for name in ("Nodes", "Spectrum"):
+        page.tab(name)
+        page.wait(lambda: words in page.legends(), f"the selection on the tab {name}")
+    next(button for button in page.all("button") if button.text == "Median of the selection").click()
+    page.tab("Nodes")
+    moved = np.median(latents["mean"].values[(np.abs(latents["mean"].values[:, shown]) <= 0.9).all(1)][:, shown[0]])
+    page.wait(lambda: f"node {shown[0]} = {moved:+.1f}" in page.text() or number != expected, "the sliders at the median")
 
 
 def test_the_training_tab_stands(page):
