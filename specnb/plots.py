@@ -183,11 +183,11 @@ def _title(spectrum):
     parts = [str(spectrum[name].item()) for name in ("object", "spectrum_id") if name in spectrum.coords]
     return " · ".join(dict.fromkeys(part for part in parts if part))
 
-# %% ../nbs/40_plots.ipynb #a9069cb5
+# %% ../nbs/40_plots.ipynb #063771ec
 _LINE_TOOLS = dict(backend="bokeh", responsive=True, default_tools=["save", "reset"], tools=["xpan", "xwheel_zoom", "box_zoom"],
                   active_tools=["xpan", "xwheel_zoom"], backend_opts=DRAWING, show_grid=True, gridstyle={"grid_line_alpha": 0.35})
 
-def _curve(x, y, dims, label, color, width=1.2):
+def _curve(x, y, dims, label, color, width=1.0):
     return hv.Curve((x, y), *dims, label=label).opts(backend="bokeh", color=color, line_width=width, padding=(0, 0.06))
 
 def _marks(marks, x_range, few, dims):
