@@ -911,7 +911,7 @@ def _estimates(
     rows = np.concatenate([units.order[s:s + m] for s, m in zip(units.start, units.size)])
     return np.stack([mi, spearman_matrix(x[rows], y[rows], np.repeat(1 / units.size, units.size))])
 
-# %% ../nbs/30_depend.ipynb #effe9039
+# %% ../nbs/30_depend.ipynb #3a6257d8
 def _with_interval(
     x:np.ndarray, y:np.ndarray, # (row, latent) and (row, label) complete
     units:Units, # groups of these rows
@@ -927,8 +927,9 @@ def _with_interval(
         part = lambda groups: scale(_estimates(x, y, units.take(groups), inner, discrete, seed))
         error, freedom = subsample_error(part, units.n_groups, np.random.default_rng((seed, 99)))
         reach = error * stdtrit(freedom, 0.5 + level / 2)
-        reach[0] += np.abs(estimate - _estimates(x, y, units, ks[:1], discrete, seed))[0] / 3
-        low, high = scale(estimate) - reach, scale(estimate) + reach
+        correction = (estimate - _estimates(x, y, units, ks[:1], discrete, seed))[0]
+        bent, edged = (np.stack([(weight / _WEIGHT - 1) * correction, 0 * correction]) for weight in (0.625, 1.06))
+        low, high = scale(estimate) + np.minimum(bent, edged) - reach, scale(estimate) + np.maximum(bent, edged) + reach
     return {"mi": estimate[0], "spearman": estimate[1], "mi_low": low[0], "mi_high": high[0],
             "spearman_low": np.tanh(low[1]), "spearman_high": np.tanh(high[1])}
 

@@ -116,16 +116,29 @@ def test_matrix_equals_pairs(rng):
         np.testing.assert_allclose(mutual_information_matrix(x, y, extrapolate=extrapolate), expected, atol=1e-12)
 
 
-@given(st.integers(0, 10**6), st.booleans(), st.booleans())
-@settings(max_examples=25, deadline=None)
-def test_correlations_equal_pandas(seed, gaps_x, gaps_y):
-    rng = np.random.default_rng(seed)
-    x, y = rng.normal(size=(60, 3)), np.round(rng.normal(size=(60, 2)), 1) + 1e5
+@given(st.integers(0, 10**6), st.booleans(), st.booleans(), st.sampled_from([(3, 2), (2, 7), (6, 5), (1, 1)]))
+@settings(max_examples=40, deadline=None)
+def test_correlations_equal_pandas(seed, gaps_x, gaps_y, shape):
+    "Few columns, many, and many of which some share their gaps: three ways through the ranks."
+    rng, (a, b) = np.random.default_rng(seed), shape
+    x, y = rng.normal(size=(60, a)), np.round(rng.normal(size=(60, b)), 1) + 1e5
+    x[:, -1] = np.round(x[:, -1])
     if gaps_x: x[rng.random(x.shape) < 0.3] = np.nan
-    if gaps_y: y[rng.random(y.shape) < 0.3] = np.nan
+    if gaps_y: y[rng.random(len(y)) < 0.3, :4] = np.nan; y[rng.random(len(y)) < 0.3, 1:2] = np.nan
     frame = pd.DataFrame(np.c_[x, y])
     for ours, method in ((pearson_matrix, "pearson"), (spearman_matrix, "spearman")):
-        np.testing.assert_allclose(ours(x, y), frame.corr(method).values[:3, 3:], atol=1e-7)
+        np.testing.assert_allclose(ours(x, y), frame.corr(method).values[:a, a:], atol=1e-7)
+
+
+def test_correlations_of_long_tables_with_offsets_and_nothing(rng):
+    "More rows than a block; dates in days; columns that are constant, empty, or have one value."
+    x = rng.normal(size=(3000, 5)) + 2.4e6
+    y = np.c_[x[:, 0] + rng.normal(size=3000), np.full(3000, 7.3), np.full(3000, np.nan), np.where(np.arange(3000) == 5, 1.0, np.nan)]
+    for ours, theirs in ((pearson_matrix, "pearson"), (spearman_matrix, "spearman")):
+        found = ours(x, y)
+        np.testing.assert_allclose(found[:, 0], pd.DataFrame(np.c_[x, y]).corr(theirs).values[:5, 5], atol=1e-9)
+        assert np.isnan(found[:, 1:]).all()
+        assert ours(x[:0], y[:0]).shape == (5, 4)
 
 
 def test_weights_equal_repetition(rng):
