@@ -6,10 +6,11 @@
 __all__ = ['ready_rows', 'RawStore', 'raw_store', 'RecipePlan', 'SpectrumRows', 'EmptyRows', 'epoch_groups', 'SpectrumLoader',
            'split_rows', 'spectrum_dataloaders']
 
-# %% ../nbs/20_loader.ipynb #d0544aea
+# %% ../nbs/20_loader.ipynb #056c0fcd
 import json, mmap, os, threading
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 
 import dask
@@ -226,7 +227,7 @@ def _place_among_processes():
     running = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if running else (0, 1)
 
-# %% ../nbs/20_loader.ipynb #6a154857
+# %% ../nbs/20_loader.ipynb #8e336326
 class SpectrumLoader(DataLoader):
     "Batches (flux, ivar, flux, ivar) of one split, each row once an epoch."
     def __init__(self,
@@ -244,14 +245,22 @@ class SpectrumLoader(DataLoader):
         self.rank, self.world_size = (here if given is None else given for here, given in zip(_place_among_processes(), (rank, world_size)))
         n = (len(dataset) if drop_last else len(dataset) + self.world_size - 1 - self.rank)//self.world_size
         super().__init__(dataset, bs=bs, drop_last=drop_last, n=n, device=device)
-        self.shuffle, self.seed, self.buffer_rows, self.n_threads, self.epoch, self.positions = shuffle, seed, buffer_rows, n_threads, 0, None
+        self.shuffle, self.seed, self.buffer_rows, self.n_threads, self.epoch, self.positions, self.skip = shuffle, seed, buffer_rows, n_threads, 0, None, 0
 
     n_inp = 2
-    def new(self, dataset=None, cls=None, **kwargs):
-        settings = {name: getattr(self, name) for name in ("bs", "shuffle", "drop_last", "seed", "buffer_rows", "device", "n_threads", "rank", "world_size")}
-        copy = (cls or type(self))(self.dataset if dataset is None else dataset, **(settings | kwargs))
-        copy.epoch = self.epoch
-        return copy
+
+# %% ../nbs/20_loader.ipynb #d92cfd89
+@patch
+def __len__(self:SpectrumLoader):
+    n = len(self.dataset)//self.world_size if self.drop_last else -(-len(self.dataset)//self.world_size)
+    return n//self.bs if self.drop_last else -(-n//self.bs)
+
+@patch
+def new(self:SpectrumLoader, dataset=None, cls=None, **kwargs):
+    settings = {name: getattr(self, name) for name in ("bs", "shuffle", "drop_last", "seed", "buffer_rows", "device", "n_threads", "rank", "world_size")}
+    copy = (cls or type(self))(self.dataset if dataset is None else dataset, **(settings | kwargs))
+    copy.epoch = self.epoch
+    return copy
 
 # %% ../nbs/20_loader.ipynb #7102c16d
 @patch
@@ -287,7 +296,7 @@ def _read_ahead(read, pieces, n_threads=1):
         finally:
             for future in waiting: future.cancel()
 
-# %% ../nbs/20_loader.ipynb #e1170d63
+# %% ../nbs/20_loader.ipynb #6a1f3c96
 @patch
 def _pieces(self:SpectrumLoader):
     "Positions, flux and ivar of at most one batch."
@@ -298,8 +307,8 @@ def _pieces(self:SpectrumLoader):
         out = torch.empty(shape, pin_memory=True) if pinned else torch.from_numpy(np.empty(shape, np.float32)) # numpy asks for large pages
         data._read_raw(positions, out.numpy())
         return positions, out[0], out[1]
-    if data.cache is None and not data.raw: yield from self._cut(_read_ahead(read, self._groups())); return
-    order = np.array(self.get_idxs(), np.int64)
+    if data.cache is None and not data.raw: yield from islice(self._cut(_read_ahead(read, self._groups())), self.skip, None); return
+    order = np.array(self.get_idxs(), np.int64)[self.skip*self.bs:]
     batches = (order[start:start + self.bs] for start in range(0, len(order), self.bs))
     yield from map(read, batches) if data.cache is not None else _read_ahead(read_raw, batches, self.n_threads)
 
@@ -314,16 +323,23 @@ def _cut(self:SpectrumLoader, groups):
         left, n = tuple(values[full:] for values in group), n + full
     if left is not None and n < self.n: yield tuple(values[:self.n - n] for values in left)
 
-# %% ../nbs/20_loader.ipynb #a9c4a279
+# %% ../nbs/20_loader.ipynb #a4ea4b5b
 @patch
 def __iter__(self:SpectrumLoader):
-    for positions, flux, ivar in self._pieces():
-        if self.drop_last and len(flux) < self.bs: continue
+    n_made = self.skip
+    for positions, flux, ivar in chain(self._pieces(), self._stand_in()):
+        if (self.drop_last and len(positions) < self.bs) or n_made == len(self): continue
         flux, ivar = torch.as_tensor(flux), torch.as_tensor(ivar)
         if self.device is not None: flux, ivar = to_device((flux, ivar), self.device, non_blocking=flux.is_pinned())
-        self.positions = positions
+        self.positions, n_made = positions, n_made + 1
         yield flux, ivar, flux, ivar
-    self.epoch += 1
+    self.epoch, self.skip = self.epoch + 1, 0
+
+@patch
+def _stand_in(self:SpectrumLoader):
+    "A row without a valid pixel, for the last batch of a rank that has no row left for it."
+    nothing = np.zeros((1, self.dataset.n_pixels), np.float32)
+    if self.world_size > 1: yield np.zeros(0, np.int64), nothing, nothing
 
 # %% ../nbs/20_loader.ipynb #caefac81
 @patch

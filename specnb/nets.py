@@ -8,7 +8,7 @@ __all__ = ['START_ROWS', 'PRESETS', 'NetConfig', 'check_config', 'FluxFrontEnd',
            'lowrank_decoder', 'ConvDecoder', 'independent_axes', 'SpectrumVAE', 'whitened_components',
            'continuum_components', 'DopplerNetwork', 'net_config', 'build_network']
 
-# %% ../nbs/21_nets.ipynb #7e66f923
+# %% ../nbs/21_nets.ipynb #9fe283a9
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,6 +19,7 @@ from torch import nn
 
 from .axes import IndependentAxes
 from .doppler import FrameAligner, LinearPart, align, fit_aligner, fit_part, shift_errors, shift_rows, significant
+from .ranks import own_rows
 from .stack import stack, three_taps
 
 # %% ../nbs/21_nets.ipynb #858af63a
@@ -241,7 +242,7 @@ def _fit_components(self:LineFrontEnd, batches):
     weight = values**-self.whitening
     self.gain[:n] = (weight*values.sum()/(weight*values).sum()).sqrt().float()
 
-# %% ../nbs/21_nets.ipynb #68003703
+# %% ../nbs/21_nets.ipynb #9abd7865
 class SpectrumNetwork(nn.Module):
     "A front end, an encoder to normal distributions, and a decoder."
     n_built_in = 0 # the first nodes that are not learned but built in; no objective touches them
@@ -253,8 +254,7 @@ class SpectrumNetwork(nn.Module):
         config:NetConfig, # settings
     ):
         super().__init__()
-        self.config = check_config(config)
-        self.set_compute()
+        self.set_compute().config = check_config(config)
         lowpass = config.n_pixels / 128 if config.lowpass is None else config.lowpass
         self.frontend = LineFrontEnd(config.n_pixels, lowpass, config.floor, config.continuum_weight, config.continuum_whitening) if config.frontend == "lines" else FluxFrontEnd()
 
@@ -298,7 +298,12 @@ def decode(self:SpectrumNetwork,
     with self._autocast(z): channels = self.decode_channels(z)
     return self.frontend.inverse(channels.float())
 
-# %% ../nbs/21_nets.ipynb #1398514e
+# %% ../nbs/21_nets.ipynb #83c3e438
+def _noise(mean):
+    "Normal noise for the code; among several processes, what a single one would have drawn for these rows."
+    return own_rows(lambda n: torch.randn(n, *mean.shape[1:], dtype=mean.dtype, device=mean.device), len(mean))
+
+# %% ../nbs/21_nets.ipynb #4e0dd37c
 @patch
 def forward(self:SpectrumNetwork,
     flux:torch.Tensor, # (batch, pixel) or (batch, 1, pixel) flux [median flux]
@@ -307,13 +312,13 @@ def forward(self:SpectrumNetwork,
     "Reconstruction and everything that an objective needs."
     with torch.no_grad(): target, weight = self.frontend(self._rows(flux), self._rows(ivar))
     mean, logvar = self._posterior(target)
-    z = mean + torch.randn_like(mean) * (0.5 * logvar).exp() if self.training else mean
+    z = mean + _noise(mean)*(0.5*logvar).exp() if self.training else mean
     with self._autocast(target): channels = self.decode_channels(z)
     channels = channels.float()
     counted = self.frontend.emphasise(torch.where(weight > 0, channels, target))
     return self.frontend.inverse(channels), mean, logvar, z, counted, self.frontend.emphasise(target), weight
 
-# %% ../nbs/21_nets.ipynb #5aff4f40
+# %% ../nbs/21_nets.ipynb #f142459c
 _PRECISIONS, _WAYS, _LONG = ("float32", "bfloat16"), ("auto", "stack", "plain"), 65_536 # a stack pays from this length on [pixel]
 
 @patch
@@ -329,6 +334,7 @@ def set_compute(self:SpectrumNetwork,
     self.precision, self.convolutions, self.checkpoint_rows = precision, convolutions, checkpoint_rows
     return self
 
+# %% ../nbs/21_nets.ipynb #5dee3206
 @patch
 def compute_settings(self:SpectrumNetwork,
     device="cpu", # where it runs
@@ -676,7 +682,7 @@ def decode(self:DopplerNetwork,
     flux = (1 + star)*(1 + sky)*shape.clamp(-20, 20).exp()*self.frontend.coverage
     return flux/flux[:, self.frontend.coverage > 0].median(1, keepdim=True).values.clamp_min(1e-3)
 
-# %% ../nbs/21_nets.ipynb #e2250733
+# %% ../nbs/21_nets.ipynb #88f2f73a
 @patch
 def forward(self:DopplerNetwork,
     flux:torch.Tensor, # (batch, pixel) flux [median flux], or what `project` made of it
@@ -685,7 +691,7 @@ def forward(self:DopplerNetwork,
     "Reconstruction and everything that an objective needs."
     rows = self._projected(flux, ivar)
     mean, logvar = self.encode(rows)
-    z = mean + torch.randn_like(mean)*(0.5*logvar).exp() if self.training else mean
+    z = mean + _noise(mean)*(0.5*logvar).exp() if self.training else mean
     with self._autocast(z): scores = self.decoder(self.axes.inverse(z)[:, 2:]).float()
     size = (self.weight*len(self.weight)).sqrt() # the mean over components becomes the weighted sum
     output, target = ((values*size)[:, None] for values in (scores, rows[:, 2:]))
