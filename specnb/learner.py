@@ -7,8 +7,8 @@ __all__ = ['BUNDLE_FORMAT', 'ReconstructionLoss', 'training_codes', 'align_axes'
            'spectrum_learner', 'history_frame', 'run_identity', 'Checkpoint', 'load_checkpoint', 'fit_resumable',
            'fit_starts', 'save_bundle', 'Bundle', 'load_bundle']
 
-# %% ../nbs/24_learner.ipynb #afd60265
-import hashlib, json, os
+# %% ../nbs/24_learner.ipynb #1d81415a
+import hashlib, json, os, time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,23 +16,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import xarray as xr
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import listify
+from fastcore.basics import listify, patch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 
 from .axes import fit_axes
-from .callbacks import DisentangleCallback, EpochSeed, StopOnNaN
-from .loader import spectrum_dataloaders
+from .callbacks import AverageRanks, DisentangleCallback, EpochSeed, StopOnNaN
 from .nets import NetConfig, SpectrumNetwork, build_network, net_config
 from .objectives import Objective, masked_chi2, masked_l1, masked_l2, objective_from_json, objective_settings, objective_to_json
 from .prep import PrepRecipe
+from .progress import Throughput
+from .ranks import is_first, place, same_everywhere, wait_for_all
 
 # %% ../nbs/24_learner.ipynb #7a25c55e
 class ReconstructionLoss:
@@ -68,14 +67,14 @@ def _check_length(model, dls):
     n_own, n_data = model.config.n_pixels, dls.train.dataset.n_pixels
     if n_own != n_data: raise ValueError(f"the network takes {n_own} pixels, the spectra have {n_data}: use net_config(..., n_pixels={n_data})")
 
-# %% ../nbs/24_learner.ipynb #81e509d5
+# %% ../nbs/24_learner.ipynb #0939fc0b
 @torch.no_grad()
 def training_codes(
     learn:Learner, # of `spectrum_learner`
     n_rows:int=20_000, # at most
 )->tuple[torch.Tensor, torch.Tensor]: # mean and log variance of training spectra, each (row, latent), on the CPU
     "Codes of training spectra, in the shuffled order of the first epoch."
-    loader, parts, device, training = learn.dls.train.new(shuffle=True), [], next(learn.model.parameters()).device, learn.model.training
+    loader, parts, device, training = learn.dls.train.new(shuffle=True, rank=0, world_size=1), [], next(learn.model.parameters()).device, learn.model.training
     learn.model.eval()
     for flux, ivar, *_ in loader:
         parts.append([part.cpu() for part in learn.model.encode(flux.to(device), ivar.to(device))])
@@ -91,6 +90,7 @@ def align_axes(
     model.axes.reset()
     with torch.enable_grad(): axes = fit_axes(*training_codes(learn), seed=learn.epoch_seed.seed, hidden=model.config.axes_hidden, first=model.n_built_in)
     model.axes.load_state_dict(axes.state_dict())
+    same_everywhere(model)
     return learn
 
 # %% ../nbs/24_learner.ipynb #b47dbd6e
@@ -126,7 +126,7 @@ class KeepProjections(Callback):
         rows, positions = self.kept.get(self.dl.dataset) if hasattr(self, "kept") else None, getattr(self.dl, "positions", None)
         if rows is not None and positions is not None: self.learn.xb = (rows[positions],)
 
-# %% ../nbs/24_learner.ipynb #96e7c05f
+# %% ../nbs/24_learner.ipynb #b525589e
 def spectrum_learner(
     dls, # of `spectrum_dataloaders`
     net:str|NetConfig|SpectrumNetwork="demo", # preset, settings, or a network that goes on training
@@ -145,11 +145,12 @@ def spectrum_learner(
     objective = objective_settings(objective)
     model = _fresh_network(net, dls.train.dataset, seed).set_compute(precision, convolutions, checkpoint_rows)
     _check_length(model, dls)
-    model.fit_frontend(dls.train.new(shuffle=True, device="cpu"))
-    own = [DisentangleCallback(objective), EpochSeed(seed), StopOnNaN(), GradientClip(1.), FitAxes()]
+    model.fit_frontend(dls.train.new(shuffle=True, device="cpu", rank=0, world_size=1))
+    own = [DisentangleCallback(objective), EpochSeed(seed), StopOnNaN(), GradientClip(1.), FitAxes(), Throughput()] + [AverageRanks()]*(place()[1] > 1)
     if hasattr(model, "project") and not any(hasattr(cb, "settings") for cb in listify(cbs)): own.append(KeepProjections())
     settings = dict(loss_func=ReconstructionLoss(objective.reconstruction), opt_func=_OPTIMISER, lr=lr, wd=wd, moms=(0.9, 0.9, 0.9), path=path)
-    return Learner(dls, model, cbs=own + listify(cbs), **(settings | kwargs))
+    learn = Learner(dls, model, cbs=own + listify(cbs), **(settings | kwargs))
+    return learn if is_first() else learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
 
 # %% ../nbs/24_learner.ipynb #1950b5ed
 def history_frame(
@@ -180,7 +181,7 @@ def _plain(tree):
     if isinstance(tree, (list, tuple)): return type(tree)(_plain(value) for value in tree)
     return tree.item() if isinstance(tree, np.generic) else tree
 
-# %% ../nbs/24_learner.ipynb #ede078c6
+# %% ../nbs/24_learner.ipynb #6e96a0cd
 def run_identity(
     learn:Learner, # to be trained
     n_epoch:int, # epochs of the whole run
@@ -190,33 +191,70 @@ def run_identity(
     data = learn.dls.train.dataset
     augmentations = [cb.settings for cb in learn.cbs if hasattr(cb, "settings")]
     return dict(net=learn.model.config.to_json(), augmentations=json.dumps(augmentations), objective=objective_to_json(learn.disentangle.objective), seed=learn.epoch_seed.seed, n_epoch=n_epoch, lr=lr,
-                wd=learn.wd, batch=learn.dls.train.bs, data=data.fingerprint, rows=hashlib.sha256(np.asarray(data.rows)).hexdigest()[:16], recipe=data.recipe.to_json())
+                wd=learn.wd, batch=learn.dls.train.bs*place()[1], data=data.fingerprint, rows=hashlib.sha256(np.asarray(data.rows)).hexdigest()[:16], recipe=data.recipe.to_json())
 
-# %% ../nbs/24_learner.ipynb #f1397b32
+# %% ../nbs/24_learner.ipynb #10c2fdcc
 class Checkpoint(Callback):
-    "Writes everything that a resume needs after every epoch."
+    "Writes everything that a resume needs, after every epoch and now and then within; goes on from such a state."
     order = 62 # after the Recorder and the progress bar
 
     def __init__(self,
         path, # file to write
         identity:dict, # of `run_identity`
-        earlier:list|None=None, # history of epochs before this process
-    ): self.path, self.identity, self.earlier = Path(path), identity, earlier or []
+        resume:dict|None=None, # of `load_checkpoint`: where to go on
+        every:float|None=600., # pause between checkpoints within an epoch [s]; None: only after epochs
+    ): self.path, self.identity, self.resume, self.every = Path(path), identity, resume, every
 
-    def before_fit(self): self.first = len(self.earlier)
+    def before_fit(self):
+        self.earlier = self.resume["history"] if self.resume else []
+        self.first, self.done, self.last = len(self.earlier), 0, time.monotonic()
+
     def after_epoch(self):
         "Save, unless this epoch was skipped on the way to where the run had stopped."
-        if self.epoch < self.first: return
-        history = history_frame(self.learn, self.earlier)
-        state = dict(format=1, identity=self.identity, epoch=self.epoch, model=self.model.state_dict(),
-                     optimiser=_plain(self.opt.state_dict()), history=_plain(history.to_dict("records")))
-        _atomic_write(self.path, lambda part: torch.save(state, part))
+        if self.epoch >= self.first: self._save(self.epoch, None)
 
-# %% ../nbs/24_learner.ipynb #835d90d0
+# %% ../nbs/24_learner.ipynb #1323c529
+@patch
+def _save(self:Checkpoint, epoch, within):
+    "Write the state after so many whole epochs; raises OSError that names the file."
+    smooth, history = self.recorder.smooth_loss, history_frame(self.learn, self.earlier).to_dict("records")
+    state = dict(format=1, identity=self.identity, epoch=epoch, model=self.model.state_dict(), optimiser=_plain(self.opt.state_dict()), history=_plain(history),
+                 within=within, smooth=(float(smooth.val), smooth.count))
+    if is_first():
+        try: _atomic_write(self.path, lambda part: torch.save(state, part))
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"{self.path} could not be written ({error}); the checkpoint before it is intact. Make room on the disk and train again, which goes on from there") from error
+    self.last = time.monotonic()
+
+# %% ../nbs/24_learner.ipynb #bdf5cb28
+@patch
+def after_batch(self:Checkpoint):
+    "Save within the epoch, if it is time."
+    if not self.training: return
+    self.done += 1
+    if self.every is None or time.monotonic() - self.last < self.every or self.done >= self.n_iter: return
+    on_gpu = torch.cuda.get_rng_state() if next(self.model.parameters()).is_cuda else None
+    self._save(self.epoch - 1, dict(batches=self.done, random=torch.get_rng_state(), random_gpu=on_gpu, pct_train=float(self.pct_train), train_iter=self.train_iter))
+
+@patch
+def before_train(self:Checkpoint):
+    "Go on within the epoch, where the state says so."
+    self.done, state, self.resume = 0, self.resume, None
+    if state is None: return
+    value, self.recorder.smooth_loss.count = state.get("smooth", (0., 0))
+    self.recorder.smooth_loss.val = torch.tensor(value)
+    within = state.get("within")
+    if within is None: return
+    self.done = self.dls.train.skip = within["batches"]
+    self.learn.pct_train, self.learn.train_iter = within["pct_train"], within["train_iter"]
+    torch.set_rng_state(within["random"])
+    if within["random_gpu"] is not None: torch.cuda.set_rng_state(within["random_gpu"])
+
+# %% ../nbs/24_learner.ipynb #9b9d133b
 def load_checkpoint(
     path, # file that `Checkpoint` wrote
     identity:dict|None=None, # of the run that wants to resume; None: do not compare
-)->dict: # format, identity, epoch, model, optimiser, history
+)->dict: # format, identity, epoch (last whole one), model, optimiser, history, within (state inside the next epoch, or None), smooth
     "Read a checkpoint without executing code; raises ValueError naming file, difference and mend."
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error: raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): remove it to start again") from error
@@ -226,29 +264,30 @@ def load_checkpoint(
             raise ValueError(f"{path} belongs to another run: its {name} is {state['identity'].get(name)}, not {value}. Remove it, or use another folder")
     return state
 
-# %% ../nbs/24_learner.ipynb #5fd41ea8
+# %% ../nbs/24_learner.ipynb #001c4fc0
 def fit_resumable(
     learn:Learner, # of `spectrum_learner`, untrained
     n_epoch:int, # epochs of the whole run
     folder, # where the checkpoint is kept
     lr:float|None=None, # peak learning rate; None: the learner's own
+    every:float|None=600., # pause between checkpoints within an epoch [s]; None: only after epochs
     **kwargs, # passed on to `fit_one_cycle`
 )->pd.DataFrame: # history of the whole run, one row an epoch
-    "Train by the one-cycle policy, going on from the last finished epoch where the folder has one."
+    "Train by the one-cycle policy, going on from the last checkpoint where the folder has one."
     lr = learn.lr if lr is None else lr
     path, identity = Path(folder)/"checkpoint.pt", run_identity(learn, n_epoch, lr)
     path.parent.mkdir(parents=True, exist_ok=True)
-    earlier, start = [], 0
-    if path.exists():
-        state = load_checkpoint(path, identity)
+    state = load_checkpoint(path, identity) if path.exists() else None
+    start = state["epoch"] + 1 if state else 0
+    if state:
         learn.create_opt()
         learn.model.load_state_dict(state["model"]); learn.opt.load_state_dict(state["optimiser"])
-        earlier, start = state["history"], state["epoch"] + 1
     if start >= n_epoch:
         if learn.model.has_axes: align_axes(learn)
-        return pd.DataFrame(earlier)
-    learn.fit_one_cycle(n_epoch, lr, start_epoch=start, cbs=Checkpoint(path, identity, earlier), **kwargs)
-    return history_frame(learn, earlier)
+        return pd.DataFrame(state["history"])
+    learn.fit_one_cycle(n_epoch, lr, start_epoch=start, cbs=Checkpoint(path, identity, state, every), **kwargs)
+    wait_for_all()
+    return history_frame(learn, state["history"] if state else None)
 
 # %% ../nbs/24_learner.ipynb #26750b82
 def fit_starts(

@@ -135,7 +135,7 @@ def test_empty_sky_among_the_validation_spectra_does_not_swamp_the_divergence():
     assert (history_frame(learn).kl < 1e4).all()
 
 
-def test_nan_stops_before_the_step_and_names_the_row(dls):
+def test_nan_stops_before_the_step_and_names_the_spectra(dls):
     learn = spectrum_learner(dls, "tiny")
     learn.create_opt()
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
@@ -144,11 +144,14 @@ def test_nan_stops_before_the_step_and_names_the_row(dls):
         def before_batch(self):
             flux = self.xb[0].clone()
             flux[5, 7], ivar = float("inf"), self.xb[1].clone()
-            self.learn.xb = (flux, ivar)
+            self.learn.xb, self.names = (flux, ivar), self.dl.batch_coord("spectrum_id").astype(str)
         def after_pred(self): self.learn.pred = tuple(p*float("nan") for p in self.learn.pred)
 
-    learn.add_cb(Spoil())
-    with pytest.raises(FloatingPointError, match=r"rows \[5"): fit(learn, n_epoch=1)
+    spoil = Spoil()
+    learn.add_cb(spoil)
+    with pytest.raises(FloatingPointError) as caught: fit(learn, n_epoch=1)
+    assert caught.value.spectrum_id[0] == spoil.names[5] and sorted(caught.value.spectrum_id) == sorted(spoil.names)
+    assert all(name in str(caught.value) for name in spoil.names)
     assert all(torch.equal(before[k], v) for k, v in learn.model.state_dict().items())
 
 
@@ -234,41 +237,63 @@ def test_failure_while_a_checkpoint_is_written_keeps_the_previous_one(dls, tmp_p
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", disk_full)
     checkpoint = Checkpoint(tmp_path/"checkpoint.pt", {})
-    checkpoint.learn, checkpoint.first = learn, 0
+    checkpoint.learn = learn
+    checkpoint.before_fit()
     with pytest.raises(OSError, match="No space left"): checkpoint.after_epoch()
     assert (tmp_path/"checkpoint.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+KILLED = textwrap.dedent("""
+    import os, resource, signal, sys, torch
+    torch.set_num_threads(1)
+    from fastai.callback.core import Callback
+    from specnb.learner import fit_resumable, save_bundle, spectrum_learner
+    from specnb.loader import spectrum_dataloaders
+    from specnb.spectra import make_spectra
+    folder, word = sys.argv[1:]
+    def die(): os.kill(os.getpid(), signal.SIGKILL)
+    class Kill(Callback):
+        def after_backward(self):
+            if word == "step" and self.epoch == 2 and self.iter == 1: die()
+    if word == "write": # in the middle of the eleventh checkpoint
+        whole, written = torch.save, []
+        def cut(state, part):
+            written.append(part)
+            whole(state, part)
+            if len(written) == 11: open(part, "r+b").truncate(1000); die()
+        torch.save = cut
+    if word == "full": # no file may grow beyond a few kilobytes
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        class Full(Callback):
+            def before_batch(self):
+                if self.epoch == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    flux = 1 + 0.2*torch.rand(80, 128, generator=torch.Generator().manual_seed(0)).numpy()
+    dls = spectrum_dataloaders(make_spectra(flux, 0*flux + 100, torch.linspace(5000, 5100, 128).double().numpy(), [f"s{i}" for i in range(80)],
+                                            medium="air", frame="rest"), split=["train"]*60 + ["valid"]*20, bs=16)
+    learn = spectrum_learner(dls, "tiny", cbs=[Kill(), *([Full()] if word == "full" else [])])
+    with learn.no_bar(), learn.no_logging(): history = fit_resumable(learn, 4, folder, every=None if word == "epochs" else 0.)
+    print(sum(float(p.double().sum()) for p in learn.model.parameters()).hex(), *[float(v).hex() for v in history.to_numpy().ravel()])
+""")
+
+
 def test_killed_process_resumes(tmp_path):
-    "SIGKILL in the third epoch, then the same script again: equal to a run that was left alone."
-    script = textwrap.dedent("""
-        import os, signal, sys, torch
-        torch.set_num_threads(1)
-        from fastai.callback.core import Callback
-        from specnb.learner import fit_resumable, save_bundle, spectrum_learner
-        from specnb.loader import spectrum_dataloaders
-        from specnb.spectra import make_spectra
-        class Kill(Callback):
-            def after_backward(self):
-                if sys.argv[2] == "kill" and self.epoch == 2 and self.iter == 1: os.kill(os.getpid(), signal.SIGKILL)
-        flux = 1 + 0.2*torch.rand(80, 128, generator=torch.Generator().manual_seed(0)).numpy()
-        dls = spectrum_dataloaders(make_spectra(flux, 0*flux + 100, torch.linspace(5000, 5100, 128).double().numpy(), [f"s{i}" for i in range(80)],
-                                                medium="air", frame="rest"), split=["train"]*60 + ["valid"]*20, bs=16)
-        learn = spectrum_learner(dls, "tiny", cbs=[Kill()])
-        with learn.no_bar(), learn.no_logging(): fit_resumable(learn, 4, sys.argv[1])
-        print(sum(float(p.double().sum()) for p in learn.model.parameters()).hex())
-    """)
+    "SIGKILL in a step or while a checkpoint is written, or a full disk; then the same script again: weights and history as in a run that was left alone, bit by bit."
     def start(folder, word):
-        return subprocess.Popen([sys.executable, "-c", script, str(tmp_path/folder), word], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        return subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path/folder), word], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    killed, straight = start("run", "kill"), start("straight", "go")
-    expected, errors = straight.communicate(timeout=200)
-    killed.communicate(timeout=200)
-    assert killed.returncode == -signal.SIGKILL and straight.returncode == 0, errors
-    resumed = start("run", "go")
-    found, errors = resumed.communicate(timeout=200)
-    assert resumed.returncode == 0, errors
-    assert found == expected and found.startswith(("0x", "-0x"))
+    straight = start("straight", "epochs")
+    ended = {word: start(word, word) for word in ("step", "write", "full")}
+    expected, errors = straight.communicate(timeout=300)
+    assert straight.returncode == 0 and expected.startswith(("0x", "-0x")), errors
+    for word, process in ended.items():
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == (1 if word == "full" else -signal.SIGKILL), errors
+        if word == "full": assert "could not be written" in errors and "the checkpoint before it is intact" in errors
+        state = load_checkpoint(tmp_path/word/"checkpoint.pt")
+        assert (state["epoch"], state["within"]) == (1, None) if word == "full" else state["within"]["batches"] > 0
+    for process in [start(word, "go") for word in ended]:
+        found, errors = process.communicate(timeout=300)
+        assert process.returncode == 0 and found == expected, errors
 
 
 @pytest.fixture(scope="module")
