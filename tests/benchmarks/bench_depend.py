@@ -181,6 +181,7 @@ if __name__ == "__main__":
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "?") if Path("/proc/cpuinfo").exists() else platform.processor()
     print(f"{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__},"
           f" numba {numba.__version__}, scikit-learn {sklearn.__version__}, ennemi {importlib.metadata.version('ennemi') if ennemi else 'not installed'}, pandas {pd.__version__}")
+    if not ennemi: print("ennemi is not installed and takes no part; `pip install ennemi==1.5.0` brings it in")
     rng = np.random.default_rng(0)
     bench_information(4061, 128, 10, 10, 5, rng)
     bench_correlation(4061, 138, 5, rng)
