@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT', 'Inspector', 'Keys', 'inspector', 'serve']
 
-# %% ../nbs/41_app.ipynb #04454413
+# %% ../nbs/41_app.ipynb #fd3150f8
 import asyncio
 import ipaddress
 import socket
@@ -27,7 +27,7 @@ from .desk import (
     calibrate_velocity, default_lines, lines_in_sight, neighbour_map, node_velocity, notebook_cell, principal_map, read_lines, read_state,
     row_at, rows_inside, selection_table, write_state)
 from .plots import (
-    CRITERIA, CYCLE, DRAWING, PALETTE, STATISTICS, correlation_matrix, dimensions_view, empty_view, history_view, information_matrix,
+    CRITERIA, CYCLE, DRAWING, PALETTE, STATISTICS, TABLE, correlation_matrix, dimensions_view, empty_view, history_view, information_matrix,
     latent_scatter, masked_spans, neighbour_view, node_name, reduce_line, scatter_table, trace_panel)
 from .session import PERCENTS, Session, check_parts
 from .wave import doppler_factor
@@ -653,13 +653,13 @@ def _chooser(self:Inspector):
     card = pn.pane.HTML(pn.bind(lambda row, guest: self._card(), self.param.row, self.param.guest), sizing_mode="stretch_width")
     return pn.Column(field, pn.Row(back, on, sizing_mode="stretch_width"), among, own, card, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #319d9e0a
+# %% ../nbs/41_app.ipynb #7c6aed7a
 @patch
 def _card(self:Inspector):
     "The chosen spectrum in a few lines: id and labels with their units."
     lines = []
     if self.guest is not None: return f"<b>{_safe(self.guest['name'])}</b><div style='font-size:11px'>a file of your own, not in the store</div>"
-    for name, column in self.latents.coords.items():
+    for name, column in sorted(self.latents.coords.items(), key=lambda pair: (pair[0] != "object", str(pair[0]))):
         if column.dims != ("spectrum",) or name == "spectrum_id": continue
         if name != "object" and column.attrs.get("role") not in ("label", "factor"): continue
         value = column.values[self.row]
@@ -708,7 +708,7 @@ def _spectrum_tab(self:Inspector):
     self.param.watch(redraw, "chosen")
     return pn.Column(pn.Row(frame, named, pn.pane.HTML("line list of your own:", align="end"), own), picture, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #161111d0
+# %% ../nbs/41_app.ipynb #4799cf16
 _CHOICES = {"Spearman": "spearman", "Pearson": "pearson", "MI [nat]": "mi", "MI 0..1": "linfoot", "MI given …": "conditional_mi"}
 
 @patch
@@ -716,7 +716,7 @@ def _matrix_tab(self:Inspector):
     statistic = _widget(pn.widgets.RadioButtonGroup, "Statistic", options=_CHOICES, align="end")
     against = _widget(pn.widgets.Select, "Nodes against", options=["labels", "nodes", "selection"], width=110)
     order = _widget(pn.widgets.Select, "Order", options=["strength", "cluster", "number"], width=110)
-    every = _widget(pn.widgets.Checkbox, "also uninformative nodes", align="end")
+    every = _widget(pn.widgets.Checkbox, "also uninformative nodes", align="center")
     given = _widget(pn.widgets.MultiChoice, "given these labels", options=self.labels(), value=[self.label] if self.label in self.labels() else self.labels()[:1], visible=False, width=260)
     test = _widget(pn.widgets.Button, "Test it (about a minute)", visible=False, align="end")
     left, right = _pane(self.matrix_view()), _pane(self.cell_view())
@@ -732,9 +732,9 @@ def _matrix_tab(self:Inspector):
     for widget in (statistic, against, order, every, given): widget.param.watch(redraw, "value")
     test.on_click(lambda event: redraw(n_permutations=99))
     self.param.watch(lambda *_: setattr(right, "object", self.cell_view()), ["node", "label", "chosen"])
-    return pn.Column(pn.Row(statistic, against, order, *self._pair_choosers(), every), pn.Row(given, test), pn.Row(left, right, sizing_mode="stretch_width"), sizing_mode="stretch_width")
+    return pn.Column(pn.Row(statistic, against, order, *self._pair_choosers()), pn.Row(every, given, test), pn.Row(left, right, sizing_mode="stretch_width"), sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #df98a66c
+# %% ../nbs/41_app.ipynb #c06e2599
 @patch
 def _pair_choosers(self:Inspector):
     "Node and label in question as two menus that follow a click."
@@ -748,11 +748,11 @@ def _pair_choosers(self:Inspector):
 @patch
 def _tidy(self:Inspector, near):
     "Neighbours for a person: names, distances and labels, to four figures."
-    labels = [str(name) for name, column in self.latents.coords.items() if column.attrs.get("role") in ("label", "factor")]
+    labels = sorted(str(name) for name, column in self.latents.coords.items() if column.attrs.get("role") in ("label", "factor"))
     table = near[[name for name in ("rank", "spectrum_id", "object", "distance", *labels) if name in near]]
     return table.assign(**{name: [float(f"{value:.4g}") for value in table[name]] for name in table.select_dtypes("floating")})
 
-# %% ../nbs/41_app.ipynb #9f2de482
+# %% ../nbs/41_app.ipynb #d5753811
 @patch
 def _retrieval_tab(self:Inspector):
     k = _widget(pn.widgets.IntSlider, "Neighbours", start=1, end=50, value=8, width=180)
@@ -760,7 +760,7 @@ def _retrieval_tab(self:Inspector):
     go = _widget(pn.widgets.Button, "Make the marked row the query", **_STRONG, align="end")
     strange = _widget(pn.widgets.Button, "How strange is it?", align="end")
     words = pn.pane.HTML("", sizing_mode="stretch_width")
-    table = pn.widgets.Tabulator(self._tidy(self.nearest()), disabled=True, selectable=1, show_index=False, height=270, sizing_mode="stretch_width", layout="fit_data_table", theme="simple")
+    table = pn.widgets.Tabulator(self._tidy(self.nearest()), disabled=True, selectable=1, show_index=False, height=270, sizing_mode="stretch_width", layout="fit_data_table", theme="simple", stylesheets=[TABLE])
     picture = _pane(self.retrieval_view(table.value))
     def search(*_):
         near = self.nearest(k.value, other.value, within.value)
@@ -794,14 +794,14 @@ def _map_tab(self:Inspector):
     self.param.watch(redraw, ["across", "up", "colour", "guest"])
     return pn.Column(pn.Row(*axes, color, *plane, note), self._selection_row(), picture, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #c8d718ec
+# %% ../nbs/41_app.ipynb #3ac3721d
 @patch
 def _selection_row(self:Inspector):
     count = pn.pane.HTML(pn.bind(lambda rows: f"{len(rows):,} of {len(self.mean):,} selected", self.param.chosen), align="center")
-    clear = _widget(pn.widgets.Button, "Clear selection", align="end", on_click=lambda event: self.param.update(chosen=np.empty(0, int)))
-    doors = [pn.widgets.FileDownload(callback=lambda kind=kind: self.take(kind), filename=f"selection.{kind}", **_STRONG, label=label, align="end", visible=kind != "vot" or self.write_votable is not None)
+    clear = _widget(pn.widgets.Button, "Clear selection", align="center", on_click=lambda event: self.param.update(chosen=np.empty(0, int)))
+    doors = [pn.widgets.FileDownload(callback=lambda kind=kind: self.take(kind), filename=f"selection.{kind}", **_STRONG, label=label, align="center", visible=kind != "vot" or self.write_votable is not None)
              for kind, label in (("csv", "Save ids (CSV)"), ("vot", "VOTable"), ("py", "Notebook cell"))]
-    store, said = _widget(pn.widgets.Button, "Write as a store", align="end", visible=self.save_subset is not None), pn.pane.HTML("", align="center")
+    store, said = _widget(pn.widgets.Button, "Write as a store", align="center", visible=self.save_subset is not None), pn.pane.HTML("", align="center")
     def write(event):
         if not len(self.chosen): self.message = "Select spectra first: draw a lasso on the map."; return
         self._later(store, lambda: self.save_subset(self.ids()[self.chosen]), lambda name: setattr(said, "object", f"written: {_safe(name)}" if name else ""))
@@ -829,14 +829,16 @@ def _nodes_tab(self:Inspector):
     self.fetch_decoder(pane)
     return pane
 
-# %% ../nbs/41_app.ipynb #37ad40be
+# %% ../nbs/41_app.ipynb #0ed03322
 @patch
 def _open_tab(self:Inspector):
     "Make the tab that is looked at, the first time it is."
     place = self.tab_names().index(self.tab)
     page, make = self._tabs[place], self._makers[self.tab]
-    if not len(page): page.append(make() if callable(make) else make)
     self._tabs.active = place
+    if len(page): return
+    if self.tab in self.tabs and callable(make): self._later(page, make, lambda made: page.append(made if made is not None else empty_view(self.message)))
+    else: page.append(make() if callable(make) else make)
 
 @patch
 def _make_tabs(self:Inspector):

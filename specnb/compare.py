@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shared_spectra', 'matched_nodes', 'match_matrix', 'histories_view', 'histories_figure', 'comparison']
 
-# %% ../nbs/43_compare.ipynb #93f80d77
+# %% ../nbs/43_compare.ipynb #63535f20
 from html import escape
 import holoviews as hv
 import numpy as np
@@ -15,7 +15,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from .depend import spearman_matrix
 from .disentangle import match_nodes
-from .plots import CYCLE, correlation_matrix, empty_figure, empty_view, history_terms, matrix_figure, StillFigure
+from .plots import CYCLE, TABLE, correlation_matrix, empty_figure, empty_view, history_terms, matrix_figure, StillFigure
 from .session import shown_nodes
 
 # %% ../nbs/43_compare.ipynb #cfaa1844
@@ -95,7 +95,7 @@ def histories_figure(
     ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-# %% ../nbs/43_compare.ipynb #40eb8326
+# %% ../nbs/43_compare.ipynb #61d3bd06
 def comparison(
     latents_a:xr.Dataset,         # (spectrum, latent)
     latents_b:xr.Dataset,         # (spectrum, latent)
@@ -110,6 +110,7 @@ def comparison(
     try: table, square = matched_nodes(latents_a, latents_b, *dimensions), match_matrix(latents_a, latents_b, *dimensions, names)
     except ValueError as error: return pn.Column(losses, pane(empty_view(f"The nodes cannot be matched: {error}")), sizing_mode="stretch_width")
     words = pn.pane.HTML(f"<h3>Nodes of {escape(names[0])} and their partners in {escape(names[1])}</h3>{table['n'].iloc[0]:,} common spectra. A runner-up near the strength means that the partner is not unique.")
-    rows = pn.widgets.Tabulator(table.drop(columns="n").round(3), disabled=True, show_index=False, layout="fit_data_table", theme="simple", height=300, width=430)
-    beside = pn.FlexBox(pn.Column(pane(correlation_matrix(square, order="number")), width=620), rows, sizing_mode="stretch_width")
+    titles = dict(latent_a=f"node of {names[0]}", latent_b=f"node of {names[1]}", spearman="Spearman", strength="strength", runner_up="runner-up")
+    rows = pn.widgets.Tabulator(table.drop(columns="n").round(3), titles=titles, disabled=True, show_index=False, layout="fit_data_table", theme="simple", stylesheets=[TABLE], height=380, width=480)
+    beside = pn.Row(pane(correlation_matrix(square, order="number")), rows, sizing_mode="stretch_width")
     return pn.Column(words, beside, losses, sizing_mode="stretch_width")

@@ -176,7 +176,7 @@ def test_two_runs_are_compared_when_their_tab_is_opened(made):
     tabs = look.__panel__()[2][1]
     assert tabs._names[-1] == "Compare" and not len(tabs[-1])
     tabs.active = len(tabs) - 1
-    table = tabs[-1][0][1][1].value
+    table = tabs[-1][0][1][1].value             # words, then matrix and table side by side
     assert (table["latent_a"] == table["latent_b"]).all() and table["strength"].min() > 0.999
 
 
