@@ -1123,7 +1123,7 @@ def _without_neighbours(
     rest = left - left[cKDTree(ranks).query(ranks, n_near + 1)[1][:, 1:]].mean(1)
     return rest if rest.var() < left.var() else left
 
-# %% ../nbs/30_depend.ipynb #ec8d7e2e
+# %% ../nbs/30_depend.ipynb #acdfe303
 def conditional_mutual_information(
     x:np.ndarray, # (row,)
     y:np.ndarray, # (row,)
@@ -1137,7 +1137,24 @@ def conditional_mutual_information(
     rows = np.isfinite(x) & np.isfinite(y) & np.isfinite(z).all(1)
     if rows.sum() < k + 2: return float("nan")
     x, y, z = x[rows], y[rows], z[rows]
-    return _conditional_ksg(without_trend(x, z, 2 * seed), without_trend(y, z, 2 * seed + 1), z, k, seed)
+    found = _conditional_ksg(without_trend(x, z, 2 * seed), without_trend(y, z, 2 * seed + 1), z, k, seed)
+    return found / (1 - _lost_share(found, z, k, seed))
+
+# %% ../nbs/30_depend.ipynb #7d74e461
+def _lost_share(
+    information:float, # [nat] about which to ask
+    z:np.ndarray, # (row, condition)
+    k:int, seed:int, # neighbours; of the normal pairs
+)->float: # 0 to 0.5
+    "Share of the information of normal pairs that the estimate given z loses."
+    n, rng = len(z), np.random.default_rng((seed, 8))
+    rho, known, found = np.sqrt(-np.expm1(-2 * max(information, 0.25))), 0.0, 0.0
+    for turn in range(int(np.clip(4000 // n, 1, 20))):          # the fewer rows, the more pairs
+        u, noise = rng.normal(size=(2, n))
+        v = rho * u + np.sqrt(1 - rho**2) * noise
+        known -= 0.5 * np.log1p(-min(np.corrcoef(u, v)[0, 1] ** 2, 1 - 1e-12))
+        found += _conditional_ksg(without_trend(u, z, 2 * seed + turn), without_trend(v, z, 2 * seed + turn + 1), z, k, seed + turn)
+    return float(np.clip(1 - found / known, 0, 0.5))
 
 # %% ../nbs/30_depend.ipynb #7e988161
 def _conditional_ksg(
@@ -1195,7 +1212,7 @@ def conditional_association(
     return xr.Dataset({name: (("latent", "label"), v) for name, v in out.items()}, {"latent": table.latent.values, "label": list(columns)},
                       dict(given=str(list(label_table(table, given))), n_permutations=n_permutations, seed=seed, k=k))
 
-# %% ../nbs/30_depend.ipynb #c2fce049
+# %% ../nbs/30_depend.ipynb #e2671f28
 def _conditional_pair(
     x:np.ndarray, y:np.ndarray, z:np.ndarray, # (row,), (row,), (row, condition), NaN where missing
     codes:np.ndarray, # (row,) group numbers
@@ -1212,7 +1229,7 @@ def _conditional_pair(
         ranks = np.stack([average_ranks(c) for c in z[r].T], 1)
         u, v = without_trend(x[r], z[r], 2 * seed), without_trend(y[r], z[r], 2 * seed + 1)
         null = [_conditional_ksg(u, v[local_permutation(ranks, rng)], z[r], k, seed) for _ in range(n_permutations)]
-        p = permutation_p(np.r_[each[0][1], null])
+        p = permutation_p(np.r_[_conditional_ksg(u, v, z[r], k, seed), null])
     gaussian = np.mean([_gaussian_conditional(x[r], y[r], z[r]) for r in draws])
     return {"mi": mi, "conditional_mi": cmi, "gaussian_cmi": gaussian, "p": p, "n_groups": units.n_groups}
 
