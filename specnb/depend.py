@@ -1123,13 +1123,14 @@ def _without_neighbours(
     rest = left - left[cKDTree(ranks).query(ranks, n_near + 1)[1][:, 1:]].mean(1)
     return rest if rest.var() < left.var() else left
 
-# %% ../nbs/30_depend.ipynb #acdfe303
+# %% ../nbs/30_depend.ipynb #76f31e62
 def conditional_mutual_information(
     x:np.ndarray, # (row,)
     y:np.ndarray, # (row,)
     z:np.ndarray, # (row,) or (row, condition) what is given
     k:int=3, # neighbours
     *, seed:int=0, # of ties, jitter and the parts of the regression
+    memory:dict|None=None, # what is found out about z is kept here for the next pair
 )->float: # [nat]; NaN when too few rows are complete
     "Information of x and y given z, nearest neighbours on ranks after trends with z [Frenzel & Pompe 2007]; ValueError when lengths differ."
     x, y, z = np.asarray(x, float), np.asarray(y, float), np.asarray(z, float).reshape(len(z), -1)
@@ -1138,23 +1139,35 @@ def conditional_mutual_information(
     if rows.sum() < k + 2: return float("nan")
     x, y, z = x[rows], y[rows], z[rows]
     found = _conditional_ksg(without_trend(x, z, 2 * seed), without_trend(y, z, 2 * seed + 1), z, k, seed)
-    return found / (1 - _lost_share(found, z, k, seed))
+    return found / (1 - _lost_share(found, z, k, seed, {} if memory is None else memory))
 
-# %% ../nbs/30_depend.ipynb #7d74e461
+# %% ../nbs/30_depend.ipynb #81cdccb5
 def _lost_share(
     information:float, # [nat] about which to ask
     z:np.ndarray, # (row, condition)
     k:int, seed:int, # neighbours; of the normal pairs
+    memory:dict, # shares known so far; filled here
 )->float: # 0 to 0.5
-    "Share of the information of normal pairs that the estimate given z loses."
+    "Share of the information that the estimate given z loses."
+    levels = [1.0, 4.0] if information > 1 else [0.25, 1.0] if information > 0.25 else [0.25]
+    keys = [(level, k, seed, z.shape, hash(z.tobytes())) for level in levels]
+    for key in keys:
+        if key not in memory: memory[key] = _lost_by_normals(key[0], z, k, seed)
+    return float(np.clip(np.interp(information, levels, [memory[key] for key in keys]), 0, 0.5))
+
+# %% ../nbs/30_depend.ipynb #f948efef
+def _lost_by_normals(
+    information:float, z:np.ndarray, k:int, seed:int, # of `_lost_share`
+)->float: # about 0 to 0.5
+    "Share of the information of normal pairs, unrelated to z, that the estimate given z loses."
     n, rng = len(z), np.random.default_rng((seed, 8))
-    rho, known, found = np.sqrt(-np.expm1(-2 * max(information, 0.25))), 0.0, 0.0
+    rho, known, found = np.sqrt(-np.expm1(-2 * information)), 0.0, 0.0
     for turn in range(int(np.clip(4000 // n, 1, 20))):          # the fewer rows, the more pairs
         u, noise = rng.normal(size=(2, n))
         v = rho * u + np.sqrt(1 - rho**2) * noise
         known -= 0.5 * np.log1p(-min(np.corrcoef(u, v)[0, 1] ** 2, 1 - 1e-12))
         found += _conditional_ksg(without_trend(u, z, 2 * seed + turn), without_trend(v, z, 2 * seed + turn + 1), z, k, seed + turn)
-    return float(np.clip(1 - found / known, 0, 0.5))
+    return 1 - found / known
 
 # %% ../nbs/30_depend.ipynb #7e988161
 def _conditional_ksg(
@@ -1192,7 +1205,7 @@ def local_permutation(
         used[given[row]] = True
     return given
 
-# %% ../nbs/30_depend.ipynb #b67ba365
+# %% ../nbs/30_depend.ipynb #7181b096
 def conditional_association(
     latents, # latents Dataset, DataArray, ndarray or DataFrame (spectrum, latent)
     labels=None, # as in `association`
@@ -1206,23 +1219,25 @@ def conditional_association(
     known = np.stack([_as_number(v)[0] for v in label_table(table, given).values()], 1)
     columns = {name: _as_number(v)[0] for name, v in label_table(table, labels).items()}
     codes = group_codes(table, groups)
-    cells = [[_conditional_pair(x, y, known, codes, n_permutations, k, seed, n_draws) for y in columns.values()] for x in table.values.T.astype(float)]
+    memory = {}
+    cells = [[_conditional_pair(x, y, known, codes, n_permutations, k, seed, n_draws, memory) for y in columns.values()] for x in table.values.T.astype(float)]
     out = {name: np.array([[c[name] for c in row] for row in cells]) for name in cells[0][0]}
     out["q"] = benjamini_hochberg(out["p"])
     return xr.Dataset({name: (("latent", "label"), v) for name, v in out.items()}, {"latent": table.latent.values, "label": list(columns)},
                       dict(given=str(list(label_table(table, given))), n_permutations=n_permutations, seed=seed, k=k))
 
-# %% ../nbs/30_depend.ipynb #e2671f28
+# %% ../nbs/30_depend.ipynb #ecec2bd9
 def _conditional_pair(
     x:np.ndarray, y:np.ndarray, z:np.ndarray, # (row,), (row,), (row, condition), NaN where missing
     codes:np.ndarray, # (row,) group numbers
     n_permutations:int, k:int, seed:int, n_draws:int|None, # see `conditional_association`
+    memory:dict, # of `conditional_mutual_information`
 )->dict: # the cells of one pair
     "Conditional and plain information of one pair, and the p-value of the first."
     here = np.flatnonzero(np.isfinite(x) & np.isfinite(y) & np.isfinite(z).all(1) & (codes >= 0))
     units, rng = make_units(codes[here], n_draws, (seed, 1)), np.random.default_rng((seed, 4))
     draws = [here[r] for r in units.rows()]
-    each = [(mutual_information(x[r], y[r], k, seed=seed), conditional_mutual_information(x[r], y[r], z[r], k, seed=seed)) for r in draws]
+    each = [(mutual_information(x[r], y[r], k, seed=seed), conditional_mutual_information(x[r], y[r], z[r], k, seed=seed, memory=memory)) for r in draws]
     mi, cmi = np.mean(each, axis=0)
     p, r = np.nan, draws[0]
     if n_permutations and len(r) > k + 1 and np.ptp(y[r]) > 0:
