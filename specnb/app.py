@@ -147,14 +147,15 @@ def spectrum_lines(
     usable = np.full(len(self.wavelength), np.nan) if real is None else np.where(real["ivar"].values > 0, real["flux"].values, np.nan)
     return {"observed": (usable, PALETTE["flux"]), **self.selection_line(), "reconstruction": (self.rebuilt(), PALETTE["reconstruction"], 2.4), "moved": (self.moved(), PALETTE["moved"])}
 
-# %% ../nbs/41_app.ipynb #4c18b700
+# %% ../nbs/41_app.ipynb #8b6cf6b8
 @patch
 def selection_line(
     self:Inspector,
 )->dict: # name -> ((wavelength,), colour), empty without a selection
     "The median of the selected spectra as a line."
     typical = self.typical()
-    return {} if typical is None else {f"median of {len(self.chosen):,} selected": (typical, CYCLE[3])}
+    n = len(self.chosen)
+    return {} if typical is None else {f"median of {n if n <= 25 else f'25 of {n:,}'} selected": (typical, CYCLE[3])}
 
 @patch
 def masked(
@@ -490,7 +491,7 @@ def _rings(self:Inspector, places, rows, **style):
     here = places.loc[places.index.intersection(some), ["x", "y"]]
     return hv.Points(here, ["x", "y"], []).opts(backend="bokeh", fill_alpha=0, line_alpha=1. if len(some) < 200 else 0.3, tools=["tap", "box_select", "lasso_select"], **style)
 
-# %% ../nbs/41_app.ipynb #1bec0f56
+# %% ../nbs/41_app.ipynb #f724d1a8
 @patch
 def guest_value(
     self:Inspector,
@@ -507,7 +508,7 @@ def guest_value(
 @patch
 def _star(self:Inspector, x, y):
     here = np.array([[self.guest_value(x), self.guest_value(y)]])
-    return hv.Points(here[np.isfinite(here).all(1)], ["x", "y"]).opts(backend="bokeh", marker="star", size=24, color=PALETTE["accent"], line_color="white", line_width=1)
+    return hv.Points(here[np.isfinite(here).all(1)], ["x", "y"]).opts(backend="bokeh", marker="star", size=24, color=PALETTE["reconstruction"], line_color="white", line_width=1)
 
 @patch
 def guest_note(

@@ -26,14 +26,14 @@ from .simulate import FACTORS, sample_factors, sample_survey, simulate as simula
 from .spectra import fingerprint, make_spectra, open_store, save_store
 from .wave import linear_grid, log_grid
 
-# %% ../nbs/50_run.ipynb #acefaef9
+# %% ../nbs/50_run.ipynb #974a12d4
 class RunError(ValueError):
     "A run folder lacks a part, or was made with other settings; the message names the file and the step that mends it."
 
 class Run:
     "A run folder, its parts read on demand."
     def __init__(self, path): self.path = Path(path)
-    def __repr__(self): return f"Run({self.path.name}: {', '.join(sorted(p.name for p in self.path.iterdir()))})"
+    def __repr__(self): return f"Run({self.path.resolve().name}: {', '.join(sorted(p.name for p in self.path.iterdir()))})"
     def _need(self, name, step):
         if not (self.path / name).exists(): raise RunError(f"{self.path / name} is missing: {step} writes it")
         return self.path / name

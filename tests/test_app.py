@@ -562,7 +562,7 @@ def test_a_lasso_on_the_map_selects(page):
     shown = shown_nodes(latents, space["parts"]()["dimensions"])[:2]
     expected = (np.abs(latents["mean"].values[:, shown]) <= 0.9).all(1).sum()
     assert abs(number - expected) <= 2, (number, expected)
-    words = f"median of {number} selected"
+    words = f"median of {number if number <= 25 else f'25 of {number}'} selected"
     for name in ("Nodes", "Spectrum"):
         page.tab(name)
         page.wait(lambda: words in page.legends(), f"the selection on the tab {name}")
