@@ -7,7 +7,7 @@ __all__ = ['BUNDLE_FORMAT', 'ReconstructionLoss', 'training_codes', 'align_axes'
            'spectrum_learner', 'history_frame', 'run_identity', 'Checkpoint', 'load_checkpoint', 'fit_resumable',
            'fit_starts', 'save_bundle', 'Bundle', 'load_bundle']
 
-# %% ../nbs/24_learner.ipynb #1d81415a
+# %% ../nbs/24_learner.ipynb #0c8a6fa9
 import hashlib, json, os, time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +21,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import listify, patch
+from fastcore.basics import listify, noop, patch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as save_tensors
 
@@ -126,7 +126,7 @@ class KeepProjections(Callback):
         rows, positions = self.kept.get(self.dl.dataset) if hasattr(self, "kept") else None, getattr(self.dl, "positions", None)
         if rows is not None and positions is not None: self.learn.xb = (rows[positions],)
 
-# %% ../nbs/24_learner.ipynb #b525589e
+# %% ../nbs/24_learner.ipynb #89757d85
 def spectrum_learner(
     dls, # of `spectrum_dataloaders`
     net:str|NetConfig|SpectrumNetwork="demo", # preset, settings, or a network that goes on training
@@ -142,15 +142,15 @@ def spectrum_learner(
     **kwargs, # passed on to `Learner`
 )->Learner: # ready for fit_one_cycle, lr_find, show_results
     "A fastai `Learner` for spectra; raises ValueError where network and grid do not fit."
-    objective = objective_settings(objective)
-    model = _fresh_network(net, dls.train.dataset, seed).set_compute(precision, convolutions, checkpoint_rows)
+    objective, model = objective_settings(objective), _fresh_network(net, dls.train.dataset, seed).set_compute(precision, convolutions, checkpoint_rows)
     _check_length(model, dls)
     model.fit_frontend(dls.train.new(shuffle=True, device="cpu", rank=0, world_size=1))
     own = [DisentangleCallback(objective), EpochSeed(seed), StopOnNaN(), GradientClip(1.), FitAxes(), Throughput()] + [AverageRanks()]*(place()[1] > 1)
     if hasattr(model, "project") and not any(hasattr(cb, "settings") for cb in listify(cbs)): own.append(KeepProjections())
     settings = dict(loss_func=ReconstructionLoss(objective.reconstruction), opt_func=_OPTIMISER, lr=lr, wd=wd, moms=(0.9, 0.9, 0.9), path=path)
     learn = Learner(dls, model, cbs=own + listify(cbs), **(settings | kwargs))
-    return learn if is_first() else learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
+    if not is_first(): learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)]).logger = noop
+    return learn
 
 # %% ../nbs/24_learner.ipynb #1950b5ed
 def history_frame(

@@ -113,3 +113,17 @@ def test_a_batch_that_cannot_be_shared_is_refused(store, tmp_path):
     with pytest.raises(AssertionError, match="bs = 15 cannot be shared by 2 processes: use a multiple of 2"):
         launch(2, "-m", "specnb.cli", "train", store, run, "--net", "tiny", "--bs", "15", "--device", "cpu", cwd=tmp_path)
     assert not run.exists()
+
+
+def test_two_processes_from_a_notebook(store, tmp_path):
+    "What a notebook would call, from a fresh interpreter: one run, told of once."
+    script = tmp_path / "page.py"
+    script.write_text(textwrap.dedent(f"""
+        from accelerate import notebook_launcher
+        def work():
+            from specnb.run import train
+            train({str(store)!r}, "run", net="tiny", bs=16, n_epoch=1, device="cpu")
+        notebook_launcher(work, num_processes=2)
+    """))
+    told = launch(1, script, cwd=tmp_path)
+    assert (tmp_path / "run" / "model.safetensors").exists() and told.count("valid_loss") == 1

@@ -72,7 +72,7 @@ def fit(dls, mode, seed, options, seconds=None):
     "Train; the learner, its seconds and CPU-seconds (all starts and the independent axes included) and its epochs."
     settings, clock, cpu = MODES[mode], time.perf_counter(), time.process_time()
     def make(seed):
-        learn = spectrum_learner(dls, settings["net"], settings["objective"], lr=settings["lr"], seed=seed)
+        learn = spectrum_learner(dls, settings["net"], settings["objective"], lr=settings["lr"], seed=seed, precision=options.precision)
         learn.logger = lambda *row: None
         return learn.remove_cb(ProgressCallback)
     if mode == "paper": (learn := make(seed)).fit(10_000, settings["lr"], cbs=StopAfter(seconds))
@@ -248,6 +248,7 @@ def main():
     parser.add_argument("--epochs", type=int, help="of the agnostic and the Doppler mode; default: those of MODES")
     parser.add_argument("--starts", type=int, default=1, help="trainings from different seeds, of which the lowest validation loss is kept")
     parser.add_argument("--seconds", type=float, help="CPU-seconds of the paper's recipe; default: an agnostic run on the same spectra is timed first")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of products inside the layers")
     parser.add_argument("--hidden", action="append", default=[], choices=["activity"], help="a cause that no label reports; two exposures a star")
     parser.add_argument("--csv", type=Path, help="write the rows here")
     options = parser.parse_args()
