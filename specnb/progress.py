@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['peak_memory', 'duration', 'Throughput']
 
-# %% ../nbs/23_progress.ipynb #7c3e0b36
+# %% ../nbs/23_progress.ipynb #18fdad16
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -17,12 +18,14 @@ from fastcore.basics import patch
 
 from .ranks import place
 
-# %% ../nbs/23_progress.ipynb #8e158499
+# %% ../nbs/23_progress.ipynb #a2e7cd07
 def peak_memory(
     device="cpu", # where the network is
 )->float: # largest memory held so far, by the process or on the GPU [GiB]
     "Peak memory; NaN where the system does not tell."
     if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device)/2**30
+    try: return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))/2**20
+    except (OSError, StopIteration): pass
     try: import resource
     except ImportError: return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)/2**30

@@ -16,7 +16,7 @@ from specnb.learner import load_bundle, save_bundle, spectrum_learner
 from specnb.loader import spectrum_dataloaders
 from specnb.nets import net_config
 from specnb.run import plan
-from specnb.scale import join_processes, network_work, paper_budget, tune_allocator
+from specnb.scale import join_processes, network_work, paper_budget, step_costs, tune_allocator
 from specnb.simulate import sample_survey
 from specnb.spectra import open_store, save_store
 from specnb.wave import log_grid
@@ -82,6 +82,15 @@ def test_allocator_says_what_it_did(monkeypatch):
     assert ("mmap_max" in told) == (platform.libc_ver()[0] == "glibc")
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2")
     assert tune_allocator() == dict(allocator="jemalloc", settings={})
+
+
+def test_costs_are_those_of_the_measured_process_alone():
+    "A parent with much memory changes nothing, and a spectrum costs about what its activations take."
+    block = np.ones(150_000_000) # 1.2 GB
+    costs = step_costs(net_config("paper_scaled", 65_536), bs=(2, 10), n_threads=1)
+    assert block.sum() == 150_000_000
+    activations = network_work(net_config("paper_scaled", 65_536))["activations"]/2**30
+    assert max(row["gib"] for row in costs["measured"]) < 1.2 and 0.3*activations < costs["gib"] < 4*activations
 
 
 def test_plan_of_a_store(trained):

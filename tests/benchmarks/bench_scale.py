@@ -9,7 +9,7 @@ property of the process; they take turns, one training step each, and the median
   ours             specnb's network, masked loss + KL, gradient clip, AdamW, tuned; also in bfloat16, with checkpoint_rows=2, and with the system's allocator
 
 Sections: `step`, `encode`, `gradients` (agreement with eager and with double precision), `fastai` (overhead of the Learner over a bare loop), `waiting` (share of the time spent waiting for a
-warm store), `plan` (what specnb.scale.plan says beside what is then measured), `presets` (our own networks at full length). On a GPU: `--device cuda`, with float32, tf32 and bfloat16.
+warm store), `streaming` (encoding a store beside the forward pass alone), `plan` (what specnb.scale.plan says beside what is then measured), `presets` (our own networks at full length). On a GPU: `--device cuda`, with float32, tf32 and bfloat16.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -162,7 +162,7 @@ def make_store(folder, n=48):
     ds = make_spectra(flux, np.full_like(flux, 100), wave, [f"s{i}" for i in range(n)], medium="air", frame="barycentric", coords=dict(object=np.array([f"star {i//2}" for i in range(n)])))
     path = save_store(ds, folder/"source.zarr", chunk_rows=12)
     import xarray as xr
-    opened, plain = xr.open_zarr(path), folder/"plain.zarr"
+    opened, plain = xr.open_zarr(path, consolidated=False), folder/"plain.zarr"
     for v in opened.variables.values(): v.encoding.clear()
     opened.to_zarr(plain, zarr_format=3, consolidated=False, encoding={name: dict(chunks=(12, N_PIXELS), compressors=None, filters=None) for name in ("flux", "ivar")})
     return plain
@@ -192,7 +192,7 @@ def fastai_overhead(store, rounds, bs, n_threads):
     learn = learner_on(store, bs)
     learn.remove_cb(ProgressCallback)
     class TrainOnly(Callback):
-        order = -20
+        order = 100 # after those that make ready for validation
         def before_validate(self):
             from fastai.callback.core import CancelValidException
             raise CancelValidException
@@ -234,6 +234,27 @@ def waiting(store, bs, n_threads):
     print(f"\nwaiting for a warm store, batch {bs}, {n_threads} thread(s): {', '.join(f'{w:.1%}' for w in table.waiting)} of three epochs; {table.spectra_per_second.iloc[-1]:.1f} spectra/s, peak {table.memory_gib.iloc[-1]:.1f} GiB")
 
 
+def streaming(store, rounds, bs, n_threads):
+    "A store encoded by specnb.encode, and the same spectra from memory by the network alone, in turn."
+    import numpy as np, torch
+    from specnb.encode import encode, encode_rows
+    from specnb.learner import load_bundle, save_bundle
+    from specnb.loader import ready_rows
+    from specnb.spectra import open_store
+    torch.set_num_threads(n_threads)
+    learn, ds = learner_on(store, bs), open_store(store)
+    data = learn.dls.train.dataset
+    bundle = load_bundle(save_bundle(Path(store).parent/"bundle", learn.model, wavelength=data.wavelength, recipe=data.recipe))
+    flux, ivar = ready_rows(ds, data.recipe)
+    ways = dict(store=lambda: encode(bundle, ds, bs=bs, progress=False), memory=lambda: [encode_rows(bundle.model, flux[i:i + bs], ivar[i:i + bs]) for i in range(0, len(flux), bs)])
+    times = {name: [] for name in ways}
+    for round in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter(); way(); times[name].append(time.perf_counter() - start)
+    ratio = np.array(times["store"][1:])/np.array(times["memory"][1:])
+    print(f"\nstreaming: encoding {len(flux)} spectra (codes and chi-square, so encoder and decoder), batch {bs}, {n_threads} thread(s): from the store / from memory = {np.median(ratio):.3f}; {1e3*np.median(times['store'][1:])/len(flux):.1f} ms a spectrum")
+
+
 def plan_check(store, bs, n_threads):
     import torch
     from specnb.scale import plan
@@ -253,7 +274,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7); parser.add_argument("--bs", type=int, default=16)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2]); parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true"); parser.add_argument("--serve", nargs=4)
-    parser.add_argument("--only", nargs="+", default=["step", "encode", "gradients", "fastai", "waiting", "plan", "presets"])
+    parser.add_argument("--only", nargs="+", default=["step", "encode", "gradients", "fastai", "waiting", "streaming", "plan", "presets"])
     args = parser.parse_args()
     if args.serve: return serve(args.serve[0], int(args.serve[1]), int(args.serve[2]), args.serve[3])
     import torch
@@ -269,7 +290,7 @@ def main():
         if "presets" in args.only: race("step", ["ours, plain", "ours", "ours, demo_conv", "ours, demo_conv, bf16"], max(args.rounds//2, 3), args.bs, n_threads, args.device)
     if on_gpu: return
     if "gradients" in args.only: gradients()
-    if {"fastai", "waiting", "plan"} & set(args.only):
+    if {"fastai", "waiting", "streaming", "plan"} & set(args.only):
         with tempfile.TemporaryDirectory() as folder:
             store = make_store(Path(folder))
             from specnb.scale import tune_allocator
@@ -277,6 +298,7 @@ def main():
             for n_threads in args.threads:
                 if "fastai" in args.only: fastai_overhead(store, args.rounds, 8, n_threads)
                 if "waiting" in args.only: waiting(store, 8, n_threads)
+                if "streaming" in args.only: streaming(store, args.rounds, 16, n_threads)
                 if "plan" in args.only: plan_check(store, args.bs, n_threads)
 
 
