@@ -497,13 +497,14 @@ def histogram_information(
     outer = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     return float((joint[joint > 0] * np.log(joint[joint > 0] / outer[joint > 0])).sum())
 
-# %% ../nbs/30_depend.ipynb #8359b436
+# %% ../nbs/30_depend.ipynb #8f77c78c
+_BLOCK = 512    # rows taken at a time
+
 def _blocks(
     n:int, # rows
-    size:int=1024, # rows a block
 )->list: # of slices
     "Rows in pieces."
-    return [slice(first, first + size) for first in range(0, n, size)]
+    return [slice(first, first + _BLOCK) for first in range(0, n, _BLOCK)]
 
 def _centre(
     values:np.ndarray, # (row, column), NaN where missing
@@ -519,15 +520,17 @@ def _centre(
 def _prepared(
     values:np.ndarray, # (row, column), NaN where missing
     centre:np.ndarray, # (column,) from `_centre`
+    room:np.ndarray|None=None, # (row, column) where to write; None: somewhere new
 )->tuple: # centred values with 0 where missing (row, column); mask as float, or None when nothing is missing
     "Columns ready for masked products."
-    here = np.isfinite(values)
-    return (values - centre, None) if here.all() else (np.where(here, values - centre, 0), here.astype(float))
+    here, centred = np.isfinite(values), np.subtract(values, centre, out=room)
+    return (centred, None) if here.all() else (np.where(here, centred, 0), here.astype(float))
 
-# %% ../nbs/30_depend.ipynb #e6960e17
+# %% ../nbs/30_depend.ipynb #641133b6
 def _pair_sums(
     x:tuple, y:tuple, # from `_prepared`
     weights:np.ndarray|None=None, # (row,) None: 1 each
+    room:np.ndarray|None=None, # (row, latent) for the squares
 )->list: # six arrays (latent, label) or (1, label)
     "Weight, x, y, squares and product, summed over the complete rows of every pair."
     (x, x_here), (y, y_here) = x, y
@@ -535,9 +538,9 @@ def _pair_sums(
     mask = y_here if weights is None else weights[:, None] * y_here
     left = (lambda v: v.sum(0)[None]) if x_here is None else (lambda v: x_here.T @ v)
     n, sum_y, sum_x, product = left(mask), left(mask * y), *np.split(x.T @ np.concatenate([mask, mask * y], 1), 2, axis=1)
-    return [n, sum_x, sum_y, (x * x).T @ mask, left(mask * y * y), product]
+    return [n, sum_x, sum_y, np.multiply(x, x, out=room).T @ mask, left(mask * y * y), product]
 
-# %% ../nbs/30_depend.ipynb #c958fb14
+# %% ../nbs/30_depend.ipynb #a720ff6c
 def _correlation(
     sums:list, # from `_pair_sums`
     centre_x:np.ndarray, centre_y:np.ndarray, # (latent,), (label,) what was subtracted
@@ -550,6 +553,7 @@ def _correlation(
         floor_x, floor_y = (1e-13 * centre_x[:, None]) ** 2 + 1e-12 * square_x / n, (1e-13 * centre_y) ** 2 + 1e-12 * square_y / n
         return np.where((var_x > floor_x) & (var_y > floor_y), rho, np.nan)
 
+# %% ../nbs/30_depend.ipynb #a2260c2f
 def pearson_matrix(
     x:np.ndarray, # (row, latent), NaN where missing
     y:np.ndarray, # (row, label), NaN where missing
@@ -557,11 +561,13 @@ def pearson_matrix(
 )->np.ndarray: # (latent, label); NaN where a column is constant
     "Pearson correlation of every pair on its own complete rows, by masked matrix products."
     x, y = np.asarray(x, float), np.asarray(y, float)
-    centres = _centre(x), _centre(y)
-    parts = [_pair_sums(*(_prepared(v[rows], c) for v, c in zip((x, y), centres)), None if weights is None else weights[rows]) for rows in _blocks(len(x))]
-    return _correlation([sum(part) for part in zip(*parts)], *centres) if parts else np.full((x.shape[1], y.shape[1]), np.nan)
+    centre_x, centre_y, room, parts = _centre(x), _centre(y), np.empty((2, _BLOCK, x.shape[1])), []
+    for rows in _blocks(len(x)):
+        first, second = room[:, :len(x[rows])]
+        parts.append(_pair_sums(_prepared(x[rows], centre_x, first), _prepared(y[rows], centre_y), None if weights is None else weights[rows], second))
+    return _correlation([sum(part) for part in zip(*parts)], centre_x, centre_y) if parts else np.full((x.shape[1], y.shape[1]), np.nan)
 
-# %% ../nbs/30_depend.ipynb #2b2db95e
+# %% ../nbs/30_depend.ipynb #96798e52
 def spearman_matrix(
     x:np.ndarray, # (row, latent), NaN where missing
     y:np.ndarray, # (row, label), NaN where missing
@@ -570,7 +576,8 @@ def spearman_matrix(
     "Spearman correlation of every pair, ranked on its own complete rows."
     rho = np.full((x.shape[1], y.shape[1]), np.nan)
     weight = np.ones(len(x)) if weights is None else np.ascontiguousarray(weights, float)
-    left, right = _sorted_table(x), _sorted_table(y)
+    left = _sorted_table(x)
+    right = left if y is x else _sorted_table(y)
     for x_here, x_columns in _patterns(x):
         for y_here, y_columns in _patterns(y):
             one, two, rows, block = [v[x_columns] for v in left], [v[y_columns] for v in right], x_here & y_here, np.ix_(x_columns, y_columns)
@@ -580,6 +587,7 @@ def spearman_matrix(
             else: rho[block] = _rank_walks(*two, *_rank_weights(one, rows, weight)).T
     return rho
 
+# %% ../nbs/30_depend.ipynb #50445626
 def _sorted_table(
     values:np.ndarray, # (row, column), NaN where missing
 )->tuple: # (column, row) each: values, their sorting, and whether a run of equal values ends there
