@@ -40,7 +40,7 @@ def duration(
     if seconds < 90: return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 90 else f"{minutes//60} h {minutes % 60} min"
 
-# %% ../nbs/23_progress.ipynb #2421cd29
+# %% ../nbs/23_progress.ipynb #d66441fa
 class Throughput(Callback):
     "Spectra a second, share of the time that is spent waiting for spectra, memory, time left."
     order = 61 # after the progress bar has written its own comment
@@ -50,6 +50,8 @@ class Throughput(Callback):
         warn_after:float=20., # not in epochs shorter than this [s]
     ): self.warn_above, self.warn_after, self.rows, self._warned = warn_above, warn_after, [], False
 
+    def before_fit(self):
+        if not hasattr(self.learn, "lr_finder"): self.rows, self._warned = [], False
     def before_epoch(self): self._begin = time.perf_counter()
     def before_train(self): self._start = self._end = time.perf_counter(); self._waited, self._count = 0., 0
     def before_batch(self):
@@ -81,7 +83,7 @@ def line(self:Throughput
     spent = max(self._end - self._start, 1e-9)
     return f"{self._count/spent:.3g} spectra/s, {self._waited/spent:.0%} waiting, {peak_memory(self.dls.device):.1f} GiB, {duration(self.left())} left"
 
-# %% ../nbs/23_progress.ipynb #1f5aeb43
+# %% ../nbs/23_progress.ipynb #0e522ed6
 def _advice(loader):
     "What to change when spectra come too slowly."
     data = getattr(loader, "dataset", None)
@@ -92,7 +94,7 @@ def _advice(loader):
 @patch
 def after_epoch(self:Throughput):
     "Note the epoch; warn once where too much of it was spent waiting."
-    if getattr(self, "_count", 0) == 0: return
+    if getattr(self, "_count", 0) == 0 or hasattr(self.learn, "lr_finder"): return
     spent = self._end - self._start
     self.rows.append(dict(epoch=self.epoch, spectra=self._count, seconds=time.perf_counter() - self._begin, training_seconds=spent, spectra_per_second=self._count/max(spent, 1e-9),
                           waiting=self._waited/max(spent, 1e-9), memory_gib=peak_memory(self.dls.device)))
