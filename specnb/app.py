@@ -654,7 +654,7 @@ def _chooser(self:Inspector):
     card = pn.pane.HTML(pn.bind(lambda row, guest: self._card(), self.param.row, self.param.guest), sizing_mode="stretch_width")
     return pn.Column(field, pn.Row(back, on, sizing_mode="stretch_width"), among, own, card, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #7c6aed7a
+# %% ../nbs/41_app.ipynb #e7c9435d
 @patch
 def _card(self:Inspector):
     "The chosen spectrum in a few lines: id and labels with their units."
@@ -676,7 +676,7 @@ def _slider_column(self:Inspector):
                      on_click=lambda event: self.gather())
     def find(event): self._later(speak, lambda: self.calibrate(by_decoder=True), lambda nodes: self._follow())
     speak.on_click(find)
-    return pn.Column("### Nodes", *self.sliders(), back, gather, self._sweep(), speak, sizing_mode="stretch_width")
+    return pn.Column(pn.pane.HTML("<h3 style='margin:4px 0'>Nodes</h3>"), *self.sliders(), back, gather, self._sweep(), speak, sizing_mode="stretch_width")
 
 # %% ../nbs/41_app.ipynb #6b84d33d
 @patch
@@ -853,7 +853,7 @@ def _make_tabs(self:Inspector):
     self._open_tab()
     return self._tabs
 
-# %% ../nbs/41_app.ipynb #b813d181
+# %% ../nbs/41_app.ipynb #4d9b3632
 @patch
 def _header(self:Inspector):
     n, m = self.latents.sizes["spectrum"], self.latents.sizes["latent"]
@@ -871,7 +871,7 @@ def __panel__(self:Inspector):
     "The layout: chooser and sliders left, questions right, a word on failures above."
     if not hasattr(self, "_layout"):
         self.follow_address()
-        warn = pn.pane.Alert(pn.bind(_safe, self.param.message), alert_type="warning", visible=pn.bind(bool, self.param.message), sizing_mode="stretch_width")
+        warn = pn.pane.HTML(pn.bind(_safe, self.param.message), styles={"border-left": "5px solid #e69f00", "background": "#e69f0022", "padding": "6px 12px"}, visible=pn.bind(bool, self.param.message), sizing_mode="stretch_width")
         left = pn.Column(self._chooser(), self._slider_column(), width=300, margin=(0, 18, 0, 0))
         self._layout = pn.Column(self._header(), warn, pn.Row(left, self._make_tabs(), sizing_mode="stretch_width"), sizing_mode="stretch_width", margin=12)
     return self._layout
