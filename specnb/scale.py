@@ -163,7 +163,7 @@ def plan_text(
     if value["waiting"] > 0.05: lines.append("Reading is slower than computing: use more reading threads, a faster disk, or a store without compression")
     return "\n".join(lines)
 
-# %% ../nbs/26_scale.ipynb #f7283793
+# %% ../nbs/26_scale.ipynb #4fba137f
 CARDS = { # dense arithmetic [1e12/s], memory [1e12 B/s] and its size [1e9 B], from the makers' data sheets
     "A100": dict(float32=19.5, tf32=156., bfloat16=312., memory=2.04, size=80.),
     "H100": dict(float32=67., tf32=495., bfloat16=989., memory=3.35, size=80.),
@@ -177,7 +177,7 @@ def network_work(
     with torch.device("meta"): model, flux = build_network(config), torch.empty(1, config.n_pixels)
     model.set_compute(convolutions="plain").train()
     kept = []
-    hooks = [part.register_forward_hook(lambda part, args, out: kept.append(out.numel()*4)) for part in model.modules() if not list(part.children()) and part is not model.frontend]
+    hooks = [part.register_forward_hook(lambda part, args, out: kept.append(out.numel()*4)) for part in model.modules() if list(part.parameters(recurse=False))] # rectifiers work in place
     with FlopCounterMode(display=False) as counter:
         mean, logvar = model.encode_channels(torch.empty(1, model.frontend.n_channels, config.n_pixels, device="meta"))
         (model.decode_channels(mean).sum() + logvar.sum()).backward()
