@@ -79,13 +79,13 @@ def ingest(
     report = _run_module().ingest(paths, store, start=start, stop=stop, n_pixels=n_pixels, step=step, n_workers=n_workers)
     typer.echo(report)
 
-# %% ../nbs/51_cli.ipynb #a3b2e9ea
+# %% ../nbs/51_cli.ipynb #6d30998a
 @app.command()
 def plan(
     store:Annotated[Path, typer.Argument(help="Zarr store of spectra.")],
     net:Annotated[str, typer.Option(help="Preset: demo, demo_conv, tiny, paper_scaled, paper.")]="demo",
     n_epoch:Annotated[int, typer.Option(help="Passes over the training spectra.")]=8,
-    bs:Annotated[int, typer.Option(help="Spectra in a batch.")]=32,
+    bs:Annotated[int, typer.Option(help="Spectra in a batch, of all processes together.")]=32,
     precision:Annotated[str, typer.Option(help="float32 or bfloat16.")]="float32",
     checkpoint_rows:Annotated[Optional[int], typer.Option(help="Spectra whose activations are held at a time.")]=None,
     n_processes:Annotated[int, typer.Option(help="That share each batch, with a device each.")]=1,
@@ -94,7 +94,7 @@ def plan(
     "Measure a few steps, and say what a training will need: memory, time, reading rate."
     typer.echo(_run_module().plan(store, net=net, n_epoch=n_epoch, bs=bs, precision=precision, checkpoint_rows=checkpoint_rows, n_processes=n_processes, device=device))
 
-# %% ../nbs/51_cli.ipynb #b7f52ad5
+# %% ../nbs/51_cli.ipynb #b6fc9a97
 @app.command()
 def train(
     store:Annotated[Path, typer.Argument(help="Zarr store of spectra.")],
@@ -102,7 +102,7 @@ def train(
     net:Annotated[str, typer.Option(help="Preset: demo, demo_conv, tiny, paper_scaled, paper.")]="demo",
     objective:Annotated[str, typer.Option(help="Objective: beta_tcvae, beta_vae, ...")]="beta_tcvae",
     n_epoch:Annotated[int, typer.Option(help="Passes over the training spectra.")]=8,
-    bs:Annotated[int, typer.Option(help="Spectra in a batch.")]=32,
+    bs:Annotated[int, typer.Option(help="Spectra in a batch, of all processes together.")]=32,
     lr:Annotated[float, typer.Option(help="Peak learning rate.")]=3e-3,
     by:Annotated[str, typer.Option(help="Coordinate whose values stay on one side of the split: object, night, ...")]="object",
     seed:Annotated[int, typer.Option(help="Of split, weights, order and noise.")]=0,

@@ -116,16 +116,16 @@ def reading_rate(
         if time.perf_counter() - start > seconds: break
     return n/max(time.perf_counter() - start, 1e-9) if n else float("inf")
 
-# %% ../nbs/26_scale.ipynb #c575fcf9
+# %% ../nbs/26_scale.ipynb #edd5af5f
 def plan(
     store, # Zarr store of spectra
     net:str|NetConfig="demo", # preset or settings
     *,
-    bs:int=32, n_epoch:int=8, # spectra in a batch; passes over the training spectra
+    bs:int=32, n_epoch:int=8, # spectra in a batch, of all processes together; passes over the training spectra
     recipe:PrepRecipe=PrepRecipe(), # preparation
     precision:str="float32", checkpoint_rows:int|None=None, # as in `set_compute`
     device=None, # None: a GPU if there is one
-    n_processes:int=1, # that share each batch's work, with a device each
+    n_processes:int=1, # that share each batch, with a device and memory of their own
 )->pd.DataFrame: # columns quantity, value, unit, from
     "What a training will need, from a short measurement on this machine; ValueError where network and store do not fit."
     device, ds = join_processes(device), open_store(store)
@@ -136,16 +136,17 @@ def plan(
     costs = step_costs(config, precision=precision, checkpoint_rows=checkpoint_rows, device=device)
     return _plan_table(config, costs, n_train, bs, n_epoch, n_processes, reading_rate(dls), memory_at_hand(device), ds.flux.dtype.itemsize)
 
-# %% ../nbs/26_scale.ipynb #7862dd7f
+# %% ../nbs/26_scale.ipynb #7ceed48a
 def _plan_table(config, costs, n_train, bs, n_epoch, n_processes, reading, memory, itemsize):
     "The rows of a plan."
-    computing = n_processes*bs/(costs["seconds_fixed"] + bs*costs["seconds"])
+    own = bs/n_processes # spectra of a batch in each process
+    computing = bs/(costs["seconds_fixed"] + own*costs["seconds"])
     rate, row_bytes = min(computing, reading), 2*config.n_pixels*itemsize
-    largest = int(max((0.9*memory - costs["gib_fixed"])/max(costs["gib"], 1e-6), 0)) if memory == memory else 0
+    largest = n_processes*int(max((0.9*memory - costs["gib_fixed"])/max(costs["gib"], 1e-6), 0)) if memory == memory else 0
     rows = [("training spectra", n_train, "", "the store"), ("pixels", config.n_pixels, "", "the store"),
             ("parameters", n_parameters(build_network(config)), "", "the network"),
             ("memory without spectra", costs["gib_fixed"], "GiB", "measured"), ("memory a spectrum", 1024*costs["gib"], "MiB", "measured"),
-            (f"memory at batch {bs}", costs["gib_fixed"] + bs*costs["gib"], "GiB", "computed"), ("memory at hand", memory, "GiB", "the system"), ("largest batch", largest, "spectra", "computed"),
+            (f"memory at batch {bs}", costs["gib_fixed"] + own*costs["gib"], "GiB", "computed"), ("memory at hand", memory, "GiB", "the system"), ("largest batch", largest, "spectra", "computed"),
             ("computing", computing, "spectra/s", "measured"), ("reading", reading, "spectra/s", "measured"), ("reading needed", computing*row_bytes/1e6, "MB/s", "computed"),
             ("waiting", max(1 - reading/computing, 0.), "share", "computed"), ("an epoch", n_train/rate, "s", "computed"), (f"{n_epoch} epochs", n_epoch*n_train/rate, "s", "computed")]
     return pd.DataFrame(rows, columns=["quantity", "value", "unit", "from"])
