@@ -139,7 +139,8 @@ def case(name, n):
 
 
 def started(n=3):
-    "Seconds from the command `specnb inspect` to tabs in an open browser, for a small run that is made first."
+    "Seconds from the command `specnb inspect` to tabs and the observed spectrum in an open browser, and to what the network makes of it; for a small run that is made first."
+    import psutil
     from specnb import run
     took, window = [], browser()
     with tempfile.TemporaryDirectory() as folder:
@@ -154,11 +155,15 @@ def started(n=3):
             answered = time.perf_counter() - start
             script = FIND + "return find('.bk-tab').length*find('canvas').length"
             while not window.execute_script(script): time.sleep(0.02)
-            took.append((answered, time.perf_counter() - start))
+            plots = time.perf_counter() - start
+            script = "return [...Bokeh.documents].flatMap(d=>[...d._all_models.values()]).filter(m=>m.type=='GlyphRenderer'&&m.glyph.type=='Line').length"
+            while window.execute_script(script) < 4: time.sleep(0.02)       # observed, reconstruction, moved, response
+            times = psutil.Process(server.pid).cpu_times()
+            took.append((answered, plots, time.perf_counter() - start, times.user + times.system))
             stop(server)
     window.quit()
     middle = np.median(took, axis=0)
-    print(f"start of the command to tabs and plots in the browser      {middle[1]:6.1f} s    (page loaded {middle[0]:.1f} s, n {n})   bar 5 s   load {os.getloadavg()[0]:.1f}", flush=True)
+    print(f"start of the command to tabs and plots in the browser      {middle[1]:6.1f} s    (page loaded {middle[0]:.1f} s, reconstruction {middle[2]:.1f} s, processor time of the server {middle[3]:.1f} s, n {n})   bar 5 s   load {os.getloadavg()[0]:.1f}", flush=True)
 
 
 if __name__ == "__main__":
