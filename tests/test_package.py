@@ -22,7 +22,7 @@ def asked(name): return {re.split(r"[\[<>=!]", r)[0] for r in settings[name].spl
 
 
 def test_everything_imported_is_asked_for():
-    known = asked("requirements") | asked("train_requirements") | asked("app_requirements") | asked("archive_requirements")
+    known = set().union(*(asked(f"{extra}requirements") for extra in ("", "train_", "app_", "archive_", "cluster_")))
     unasked = {}
     for name, path in MODULES.items():
         for top in {i.split(".")[0] for i in imports(tree_of(path))} - set(sys.stdlib_module_names) - OPTIONAL - {"specnb"}:
