@@ -46,7 +46,7 @@ class NetConfig:
     decoder_widths:tuple = (256, 128) # dense layers of the decoder
     logvar_bias:float = -3. # log variance of every node before training
 
-# %% ../nbs/21_nets.ipynb #f4553925
+# %% ../nbs/21_nets.ipynb #ffb81c6f
 _CHOICES = dict(family=("vae", "paper", "doppler"), frontend=("lines", "flux"), decoder=("lowrank", "conv"))
 
 def check_config(
@@ -61,10 +61,10 @@ def check_config(
         if not isinstance(value, int) or value < smallest: raise ValueError(f"{field}={value!r}: use an integer >= {smallest}")
     if not len(config.channels) == len(config.kernels) == len(config.strides) > 0:
         raise ValueError("channels, kernels and strides must have one entry for each layer of the encoder")
+    if config.family == "doppler" and (config.n_latent < 3 or config.frontend != "lines"): raise ValueError("family 'doppler' needs n_latent >= 3 and frontend 'lines'")
     if not 0 <= config.continuum_nodes <= config.n_latent:
         raise ValueError(f"continuum_nodes={config.continuum_nodes!r}: use 0 to n_latent={config.n_latent}")
     if not 0 <= config.continuum_whitening <= 1: raise ValueError(f"continuum_whitening={config.continuum_whitening!r}: use 0 to 1")
-    if config.family == "doppler" and (config.n_latent < 3 or config.frontend != "lines"): raise ValueError("family 'doppler' needs n_latent >= 3 and frontend 'lines'")
     if config.frontend == "lines" and config.lowpass is not None and not 0 < config.lowpass < config.n_pixels:
         raise ValueError(f"lowpass={config.lowpass!r}: use a width between 0 and n_pixels")
     return config
@@ -585,7 +585,7 @@ def fit_frontend(self:SpectrumVAE,
     self.encoder.mean.weight[:self.n_start], self.encoder.mean.bias[:self.n_start] = 0., 0.
     return self
 
-# %% ../nbs/21_nets.ipynb #203ae5eb
+# %% ../nbs/21_nets.ipynb #885f044b
 def _dense(inward, hidden, outward):
     return nn.Sequential(nn.Linear(inward, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, outward))
 
@@ -602,9 +602,9 @@ class DopplerNetwork(SpectrumNetwork):
         self.aligner = FrameAligner(config.n_pixels, config.velocity_step)
         self.parts = nn.ModuleList(LinearPart(config.n_pixels, n) for n in self.components)
         self.encoder, self.decoder = _dense(sum(self.components), config.hidden, 2*n_learned), _dense(n_learned, config.hidden, sum(self.components))
-        nn.init.constant_(self.encoder[-1].bias[n_learned:], config.logvar_bias)
-        with torch.no_grad(): self.encoder[-1].weight[n_learned:] *= 0.1
-        self.axes = IndependentAxes(config.n_latent, config.axes_hidden)
+        with torch.no_grad(): self.encoder[-1].bias[n_learned:] = config.logvar_bias; self.encoder[-1].weight[n_learned:] *= 0.1
+        self.axes, self.n_start = IndependentAxes(config.n_latent, config.axes_hidden), min(config.continuum_nodes, n_learned)
+        for name in ("mixing", "unmixing"): self.register_buffer(name, torch.zeros(self.n_start, self.components[2]))
         self.register_buffer("shift_scale", torch.ones(2)) # one standard deviation of the shifts [pixel]
         self.register_buffer("shift_logvar", torch.zeros(2)) # log variance of a shift in these units
 
@@ -630,7 +630,7 @@ def project(self:DopplerNetwork,
     star, sky, *rows = align(self.aligner, lines, valid)
     return torch.cat((torch.stack((star, sky), 1)/self.shift_scale, *(part(r) for part, r in zip(self.parts, (*rows, shape)))), 1)
 
-# %% ../nbs/21_nets.ipynb #4cb1a159
+# %% ../nbs/21_nets.ipynb #97777a9e
 @patch
 @torch.no_grad()
 def fit_frontend(self:DopplerNetwork,
@@ -652,9 +652,31 @@ def fit_frontend(self:DopplerNetwork,
     stands_out = (-significant(sky_rows.mean(0))).clamp_min(0).sqrt()/self.aligner.variance.sqrt()
     settings = ((star_rows, 0.5, 1., None), (sky_rows, 0., 0.3, stands_out), (shape, 0.5, 1., None))
     for part, (rows, whitening, total, look) in zip(self.parts, settings): fit_part(part, rows, whitening, total, look)
+    if self.n_start and len(shape) >= START_ROWS: self._start_continuum(self.parts[2](shape).double())
     return self
 
-# %% ../nbs/21_nets.ipynb #46bd4514
+# %% ../nbs/21_nets.ipynb #fd913c40
+@patch
+@torch.no_grad()
+def _start_continuum(self:DopplerNetwork, scores):
+    "Let the first learned nodes begin as independent components of the continuum's scores (row, component)."
+    scores = scores - scores.mean(0)
+    size = scores[:, :self.n_start].std(0).clamp_min(1e-6)
+    rotation = independent_axes(scores[:, :self.n_start]/size)
+    unmixing = torch.cat((rotation/size, rotation.new_zeros(self.n_start, scores.shape[1] - self.n_start)), 1)
+    mixing = (scores @ unmixing.T).T @ scores/len(scores)
+    order = mixing.square().sum(1).argsort(descending=True)
+    self.unmixing.copy_(unmixing[order]); self.mixing.copy_(mixing[order])
+    self.encoder[-1].weight[:self.n_start], self.encoder[-1].bias[:self.n_start] = 0., 0.
+
+@patch
+def _scores(self:DopplerNetwork, z):
+    "Scores of the parts (batch, component) from codes on the network's own axes."
+    with self._autocast(z): scores = self.decoder(z[:, 2:]).float()
+    n = self.components[2]
+    return torch.cat((scores[:, :-n], scores[:, -n:] + z[:, 2:2 + self.n_start] @ self.mixing), 1)
+
+# %% ../nbs/21_nets.ipynb #5d0030a6
 @patch
 def _projected(self:DopplerNetwork, flux, ivar):
     return flux if flux.ndim == 2 and flux.shape[1] == 2 + sum(self.components) else self.project(flux, ivar)
@@ -665,9 +687,9 @@ def encode(self:DopplerNetwork,
     ivar:torch.Tensor|None=None, # like flux: inverse variance, 0 = do not use
 )->tuple[torch.Tensor, torch.Tensor]: # mean and log variance of the code, each (batch, latent)
     "The code of each spectrum, as a normal distribution."
-    rows = self._projected(flux, ivar)
+    rows, n = self._projected(flux, ivar), self.n_start
     with self._autocast(rows): mean, logvar = self.encoder(rows[:, 2:]).float().chunk(2, 1)
-    mean, logvar = torch.cat((rows[:, :2], mean), 1), torch.cat((self.shift_logvar.expand(len(rows), 2), logvar), 1)
+    mean, logvar = torch.cat((rows[:, :2], mean[:, :n] + rows[:, -self.components[2]:] @ self.unmixing.T, mean[:, n:]), 1), torch.cat((self.shift_logvar.expand(len(rows), 2), logvar), 1)
     return self.axes(mean), self.axes.log_variance(mean, logvar)
 
 @patch
@@ -676,13 +698,13 @@ def decode(self:DopplerNetwork,
 )->torch.Tensor: # (batch, pixel) flux [median flux]
     "The spectrum of each code."
     z = self.axes.inverse(z)
-    with self._autocast(z): scores = self.decoder(z[:, 2:]).float()
+    scores = self._scores(z)
     star, sky, shape = (part.inverse(s) for part, s in zip(self.parts, scores.split(self.components, 1)))
     star, sky = (shift_rows(rows, z[:, i]*self.shift_scale[i], self.aligner.n_fft) for i, rows in enumerate((star, sky)))
     flux = (1 + star)*(1 + sky)*shape.clamp(-20, 20).exp()*self.frontend.coverage
     return flux/flux[:, self.frontend.coverage > 0].median(1, keepdim=True).values.clamp_min(1e-3)
 
-# %% ../nbs/21_nets.ipynb #88f2f73a
+# %% ../nbs/21_nets.ipynb #319315bb
 @patch
 def forward(self:DopplerNetwork,
     flux:torch.Tensor, # (batch, pixel) flux [median flux], or what `project` made of it
@@ -692,18 +714,18 @@ def forward(self:DopplerNetwork,
     rows = self._projected(flux, ivar)
     mean, logvar = self.encode(rows)
     z = mean + _noise(mean)*(0.5*logvar).exp() if self.training else mean
-    with self._autocast(z): scores = self.decoder(self.axes.inverse(z)[:, 2:]).float()
+    scores = self._scores(self.axes.inverse(z))
     size = (self.weight*len(self.weight)).sqrt() # the mean over components becomes the weighted sum
     output, target = ((values*size)[:, None] for values in (scores, rows[:, 2:]))
     return scores if self.training else self.decode(z), mean, logvar, z, output, target, torch.ones_like(target)
 
-# %% ../nbs/21_nets.ipynb #973f775d
+# %% ../nbs/21_nets.ipynb #04bfc183
 PRESETS = {
     "paper": NetConfig(preset="paper", family="paper", n_pixels=327_680, n_latent=128, frontend="flux"),
     "paper_scaled": NetConfig(preset="paper_scaled", family="paper", n_latent=128, frontend="flux"),
     "demo": NetConfig(),
     "demo_conv": NetConfig(preset="demo_conv", decoder="conv"),
-    "doppler": NetConfig(preset="doppler", family="doppler", n_latent=12, continuum_nodes=0, continuum_whitening=0.),
+    "doppler": NetConfig(preset="doppler", family="doppler", n_latent=12, continuum_whitening=0.),
     "tiny": NetConfig(preset="tiny", n_pixels=512, n_latent=6, continuum_nodes=2, channels=(8, 16), kernels=(9, 5), strides=(8, 4), hidden=32, decoder_widths=(32, 16)),
 }
 

@@ -119,3 +119,21 @@ def test_a_resumed_run_is_the_same_run(sky, tmp_path):
 def test_wrong_settings_are_named(sky):
     with pytest.raises(ValueError, match="n_latent >= 3"): spectrum_learner(spectrum_dataloaders(sky, bs=64), net_config("doppler", n_pixels=2048, n_latent=2))
     with pytest.raises(ValueError, match="velocity_step"): build_network(NetConfig(family="doppler"))
+
+
+def test_first_learned_nodes_start_as_components_of_the_continuum():
+    "A sample of 1,000 or more gives the first learned nodes a start that the decoder undoes; a smaller one leaves them to the training."
+    ds = sample_survey(1100, seed=8, wavelength=log_grid(5000, 6900, 1024))
+    flux, ivar = (torch.tensor(v) for v in ready_rows(ds, PrepRecipe()))
+    torch.manual_seed(0)
+    network = build_network(small(1024, velocity_step=50.)).eval()
+    few = build_network(small(1024, velocity_step=50.)).eval()
+    network.fit_frontend([(flux, ivar)]); few.fit_frontend([(flux[:900], ivar[:900])])
+    assert not few.unmixing.any() and network.unmixing.any() and network.n_start == 3
+    with torch.no_grad():
+        rows = network.project(flux, ivar)
+        mean = network.encode(rows)[0][:, 2:5]
+        scores = rows[:, -network.components[2]:]
+    assert torch.allclose(torch.corrcoef(mean.T), torch.eye(3), atol=0.02) # independent, so without correlation
+    rebuilt = mean @ network.mixing
+    assert (rebuilt - scores)[:, :3].square().mean() < 0.05*scores[:, :3].square().mean()
