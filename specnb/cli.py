@@ -169,6 +169,5 @@ def main(
     typer.echo(f"specnb: {message}", err=True)
     return code
 
-# %% ../nbs/51_cli.ipynb #0cdb94f5
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+# %% ../nbs/51_cli.ipynb #1160588f
+if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", None) == "specnb.cli": sys.exit(main())

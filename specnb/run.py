@@ -119,7 +119,7 @@ def simulate(
     survey = sample_survey(n_stars, exposures, seed, grid, random_labels=random_labels)
     return save_store(survey.assign_attrs(made), store, overwrite=overwrite)
 
-# %% ../nbs/50_run.ipynb #762d8cfd
+# %% ../nbs/50_run.ipynb #cef7c990
 def wanted_grid(
     start:float=None, stop:float=None, # first and last wavelength [Angstrom]
     n_pixels:int=None, # of a logarithmic grid
@@ -137,7 +137,7 @@ def ingest(
     start:float=None, stop:float=None, n_pixels:int=None, step:float=None, # the grid, as in `wanted_grid`; default: the store's, or chosen from the files
     n_workers:int=None, # processes; None: one a core
     progress:bool=True # show a bar
-) -> "IngestReport": # how many were read, and which were refused and why
+) -> object: # `IngestReport` of `specnb.ingest`: how many were read, and which were refused and why
     "Read spectra into one store on one grid; a broken file never stops the others."
     from specnb.ingest import ingest as ingest_spectra
     return ingest_spectra(paths, store, wanted_grid(start, stop, n_pixels, step), n_workers=n_workers, progress=progress)

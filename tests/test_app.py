@@ -339,6 +339,14 @@ class Page:
             time.sleep(0.05)
         raise AssertionError(f"waited {seconds} s in vain for {what}")
 
+    def press(self, name, until, what):
+        "Press a button; again if the page moved under the pointer, as it does while figures are drawn."
+        for _ in range(3):
+            next(button for button in self.all("button") if button.text.startswith(name)).click()
+            try: return self.wait(until, what, 10)
+            except AssertionError: pass
+        raise AssertionError(f"pressed {name!r} three times in vain for {what}")
+
     def tab(self, name):
         next(tab for tab in self.all(".bk-tab") if tab.text == name).click()
         return self
@@ -481,8 +489,7 @@ def test_a_dropped_file_is_read_and_a_broken_one_is_said(page, tmp_path):
     page.tab("Neighbours")
     row = page.wait(lambda: page.all(".tabulator-row"), "the table")[0]
     assert row.find_element("css selector", "[tabulator-field=spectrum_id]").text == "spec-011"
-    next(button for button in page.all("button") if button.text.startswith("How strange")).click()
-    page.wait(lambda: "false-alarm rate" in page.text(), "the verdict")
+    page.press("How strange", lambda: "false-alarm rate" in page.text(), "the verdict")
     page.tab("Map")
     page.wait(lambda: "★ mine.fits" in page.text(), "the note on the map")
     stars = """const out=[];for(const doc of Bokeh.documents)for(const m of doc._all_models.values())if(m.type=='GlyphRenderer'&&(m.glyph.marker?.value=='star'||m.glyph.marker=='star')){
