@@ -86,7 +86,7 @@ def _later(self:Inspector, pane, work, show):
         finally: pane.loading = False
     pn.state.execute(task)
 
-# %% ../nbs/41_app.ipynb #b8c5061b
+# %% ../nbs/41_app.ipynb #0470bd39
 @patch
 def fetch_decoder(
     self:Inspector,
@@ -100,7 +100,7 @@ def fetch_decoder(
     def take(decode):
         self._load_decoder, self.decode = None, decode
         for draw in self._at_decoder: draw()
-    if self._load_decoder is not None: self._later(pane, work, take)
+    if self._load_decoder is not None: pn.state.onload(lambda: self._later(pane, work, take)) # a page that is still being built would miss what is drawn
 
 # %% ../nbs/41_app.ipynb #ba08db80
 @patch
