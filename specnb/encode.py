@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['check_grid', 'encode_rows', 'Parts', 'encode', 'decoder']
 
-# %% ../nbs/25_encode.ipynb #fbf74f56
-import hashlib, os, shutil, zipfile
+# %% ../nbs/25_encode.ipynb #43e93bed
+import hashlib, shutil, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import xarray as xr
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .learner import Bundle
+from .learner import Bundle, _atomic_write
 from .loader import SpectrumLoader, SpectrumRows, ready_rows
 from .prep import prepare
 from .ranks import is_first, place, wait_for_all
@@ -62,7 +62,7 @@ def _blocks(ds, bs):
     if edges[-1] < ds.sizes["spectrum"]: edges.append(ds.sizes["spectrum"])
     return [(start, min(start + 4096, stop)) for low, stop in zip(edges, edges[1:]) for start in range(low, stop, 4096)]
 
-# %% ../nbs/25_encode.ipynb #c84f39a9
+# %% ../nbs/25_encode.ipynb #244791f3
 class Parts:
     "Codes of blocks of rows, kept in a folder or in memory until all are there."
     def __init__(self,
@@ -79,9 +79,9 @@ class Parts:
     def put(self, block, mean, sigma, chi2):
         "Keep the codes of a block; a file appears under its name when it is complete."
         if self.folder is None: self.kept[block] = (mean, sigma, chi2); return
-        part = self._path(block).with_suffix(f".{os.getpid()}.part")
-        with open(part, "wb") as file: np.savez(file, mean=mean, sigma=sigma, chi2=chi2)
-        os.replace(part, self._path(block))
+        def write(part):
+            with open(part, "wb") as file: np.savez(file, mean=mean, sigma=sigma, chi2=chi2)
+        _atomic_write(self._path(block), write)
 
     def get(self, block):
         "Codes of a block; None where they are missing or damaged."

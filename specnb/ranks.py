@@ -60,17 +60,15 @@ def average_gradients(
     for p, part in zip(parameters, (flat/n_processes).split([p.numel() for p in parameters])):
         p.grad = part.view_as(p).clone()
 
-# %% ../nbs/20_ranks.ipynb #e92e9bec
+# %% ../nbs/20_ranks.ipynb #db3f1a87
 def own_rows(
     draw, # callable: n -> (n, ...) tensor, the same in every process
     n_own:int, # rows of this process
-    n_total:int|None=None, # rows of the whole batch; None: ask the other processes
 )->torch.Tensor: # (n_own, ...)
     "The rows of this process out of something drawn for the whole batch."
     rank, n_processes = place()
     if n_processes == 1: return draw(n_own)
-    if n_total is None: n_total = int(total(n_own))
-    rows = draw(max(n_total, n_processes))
+    rows = draw(max(int(total(n_own)), n_processes))
     return rows[rank::n_processes][:n_own]
 
 # %% ../nbs/20_ranks.ipynb #65dbbfd8

@@ -47,7 +47,7 @@ def join_processes(
         return torch.device("cpu") if found.type == "cpu" else found
     return device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/26_scale.ipynb #770e388c
+# %% ../nbs/26_scale.ipynb #9d8276d3
 def _measure_step(config, bs, precision, checkpoint_rows, device, n_steps=3):
     "Seconds a step and peak memory of a training step on made-up spectra."
     tune_allocator()
@@ -56,7 +56,7 @@ def _measure_step(config, bs, precision, checkpoint_rows, device, n_steps=3):
     opt = torch.optim.AdamW(model.parameters(), fused=True)
     flux, ivar = 1 + 0.1*torch.randn(bs, config.n_pixels, device=device), torch.full((bs, config.n_pixels), 100., device=device)
     if not model.frontend.fitted: model.frontend.fit([(flux, ivar)])
-    empty, seconds = peak_memory(device), []
+    seconds = []
     for _ in range(n_steps + 1):
         start = time.perf_counter()
         output, target, weight = model(flux, ivar)[4:7]
@@ -64,7 +64,7 @@ def _measure_step(config, bs, precision, checkpoint_rows, device, n_steps=3):
         loss.backward(); opt.step(); opt.zero_grad()
         float(loss.detach())
         seconds.append(time.perf_counter() - start)
-    return dict(bs=bs, seconds=float(np.median(seconds[1:])), gib=peak_memory(device), gib_empty=empty)
+    return dict(bs=bs, seconds=float(np.median(seconds[1:])), gib=peak_memory(device))
 
 # %% ../nbs/26_scale.ipynb #a58d1ab7
 def step_costs(
@@ -164,7 +164,7 @@ def plan_text(
     if value["waiting"] > 0.05: lines.append("Reading is slower than computing: use more reading threads, a faster disk, or a store without compression")
     return "\n".join(lines)
 
-# %% ../nbs/26_scale.ipynb #4fba137f
+# %% ../nbs/26_scale.ipynb #80c48968
 CARDS = { # dense arithmetic [1e12/s], memory [1e12 B/s] and its size [1e9 B], from the makers' data sheets
     "A100": dict(float32=19.5, tf32=156., bfloat16=312., memory=2.04, size=80.),
     "H100": dict(float32=67., tf32=495., bfloat16=989., memory=3.35, size=80.),
@@ -175,7 +175,7 @@ def network_work(
     config:NetConfig, # network
 )->dict: # flop and activations [byte, in float32] of one spectrum and training step
     "Operations and activations of a training step, counted without computing them."
-    with torch.device("meta"): model, flux = build_network(config), torch.empty(1, config.n_pixels)
+    with torch.device("meta"): model = build_network(config)
     model.set_compute(convolutions="plain").train()
     kept = []
     hooks = [part.register_forward_hook(lambda part, args, out: kept.append(out.numel()*4)) for part in model.modules() if list(part.parameters(recurse=False))] # rectifiers work in place
