@@ -54,19 +54,20 @@ _LINES["Fe I"] = """4045.81 1.485 .280 4063.59 1.557 .062 4071.74 1.608 -.022 43
 _LINES["Fe II"] = """4923.93 2.891 -1.320 5018.44 2.891 -1.220 5169.03 2.891 -1.303 5234.62 3.221 -2.180 5316.61 3.153 -1.870 5197.57 3.230 -2.220
     4583.83 2.807 -1.930 6247.56 3.892 -2.435 6456.38 3.903 -2.185 6432.68 2.891 -3.570 5425.25 3.199 -3.220"""
 
-# %% ../nbs/02_simulate.ipynb #cd1b1829
+# %% ../nbs/02_simulate.ipynb #8c03504a
 _SOURCES = {"C I": "Biemont et al. 1993 (NIST ASD)", "O I": "Storey & Zeippen 2000", "Ca I": "Smith & Raggett 1981 (NIST ASD)", "Sc II": "Lawler & Dakin 1989 (VALD)",
             "Ti I": "VALD", "Ti II": "VALD", "V I": "VALD", "Cr I": "Martin, Fuhr & Wiese 1988 (NIST ASD)", "Mn I": "Booth et al. 1984 (VALD)", "Co I": "VALD",
             "Fe I": "Fuhr & Wiese 2006 (NIST ASD)", "Fe II": "Raassen & Uylings 1998, Melendez & Barbuy 2009 (VALD)", "Ni I": "VALD",
             "Zn I": "Biemont & Godefroid 1980", "Sr II": "VALD", "Y II": "Hannaford et al. 1982", "Ba II": "VALD"}
 
+# %% ../nbs/02_simulate.ipynb #1423e500
 def named_lines() -> pd.DataFrame: # one row a line: species, wavelength in air [Angstrom], excitation [eV], log_gf, source
     "The strong lines with real atomic parameters, sorted by wavelength."
     rows = [(s, *t) for s, text in _LINES.items() for t in np.array(text.split(), float).reshape(-1, 3)]
     table = pd.DataFrame(rows, columns=["species", "wavelength", "excitation", "log_gf"])
     return table.assign(source=[_SOURCES.get(s, "NIST ASD") for s in table.species]).sort_values("wavelength", ignore_index=True)
 
-# %% ../nbs/02_simulate.ipynb #543e3115
+# %% ../nbs/02_simulate.ipynb #798fe782
 #: abundance (log, H = 12), first ionisation potential [eV], partition functions of the neutral and the ion
 _ATOMS = dict(H=(12.00, 13.598, 2, 1), C=(8.43, 11.260, 9.3, 5.9), O=(8.69, 13.618, 8.7, 4.0), Na=(6.24, 5.139, 2.1, 1), Mg=(7.60, 7.646, 1.02, 2), Al=(6.45, 5.986, 5.9, 1), Si=(7.51, 8.152, 9.5, 5.7),
               Ca=(6.34, 6.113, 1.3, 2.2), Sc=(3.15, 6.561, 12, 23), Ti=(4.95, 6.828, 30, 56), V=(3.93, 6.746, 48, 44), Cr=(5.64, 6.767, 10, 7.2),
@@ -74,10 +75,17 @@ _ATOMS = dict(H=(12.00, 13.598, 2, 1), C=(8.43, 11.260, 9.3, 5.9), O=(8.69, 13.6
 #: elements that rise together with [alpha/M]; neon and sulphur belong to them and have no line here
 _ALPHA = ("O", "Mg", "Si", "Ca", "Ti")
 
+# %% ../nbs/02_simulate.ipynb #ad586cf8
 def _pressure(teff, logg, metallicity):
     "Logarithm of the electron pressure in the line-forming layer [dyn/cm2]."
     return 0.4 + 0.4 * (logg - 4.44) + 6e-4 * (teff - 5777) + 0.3 * metallicity
 
+# %% ../nbs/02_simulate.ipynb #070e949b
+def _ionised(temperature, log_pe, potential, neutral, ion):
+    "Ions for each neutral atom by the Saha equation, of an ionisation potential [eV] and two partition functions."
+    return 10**(2.5 * np.log10(temperature) - 5040 / temperature * potential - 0.48 + np.log10(2 * ion / neutral) - log_pe)
+
+# %% ../nbs/02_simulate.ipynb #1c98c43c
 def line_opacity(
     species:str, # such as "Fe I"
     excitation, # of the lower level [eV]
@@ -86,15 +94,14 @@ def line_opacity(
 ): # log10 of line over continuum opacity per unit gf times wavelength, up to a constant
     "Saha, Boltzmann and H- opacity of a single layer (Gray, chapters 1 and 8); `KeyError` for an unknown species."
     element, stage = species.split()
-    abundance, ionisation, neutral, ion = _ATOMS[element]
+    abundance, potential, neutral, ion = _ATOMS[element]
     temperature, log_pe = (1.1 if element == "H" else 0.87) * teff, _pressure(teff, logg, metallicity)
-    theta = 5040 / temperature
-    ratio = 10**(2.5 * np.log10(temperature) - theta * ionisation - 0.48 + np.log10(2 * ion / neutral) - log_pe)
+    theta, ratio = 5040 / temperature, _ionised(temperature, log_pe, potential, neutral, ion)
     share = np.log10(1 / (1 + ratio)) if stage == "I" else np.log10(ratio / (1 + ratio))
     kappa = log_pe - 2.5 * np.log10(temperature) + 0.754 * theta
     return abundance + excess + (0 if element == "H" else metallicity) + share - theta * excitation - np.log10(neutral if stage == "I" else ion) - kappa
 
-# %% ../nbs/02_simulate.ipynb #28d127fc
+# %% ../nbs/02_simulate.ipynb #0fd7ae7b
 _LINE_CONSTANT = -11.11 # sets the equivalent widths of solar iron lines
 _HYDROGEN = 3.5 # and how much weaker Balmer lines are, which form elsewhere and are broadened otherwise
 
@@ -106,6 +113,7 @@ def _solar_strength(lines):
 #: share of the forest by species
 _FOREST = {"Fe I": .52, "Ti I": .09, "Cr I": .09, "Ni I": .09, "V I": .05, "Co I": .04, "Mn I": .03, "Ca I": .02, "Fe II": .04, "Ti II": .03}
 
+# %% ../nbs/02_simulate.ipynb #c09b3de0
 def forest_lines(
     n_lines:int=6000, # number of lines between 3700 and 7000 Angstrom
     seed:int=2021 # of the wavelengths and strengths
@@ -117,10 +125,11 @@ def forest_lines(
     log_eta = 0.8 - rng.exponential(0.8, n_lines)
     return lines.assign(log_gf=(log_eta - _solar_strength(lines)).round(3)).sort_values("wavelength", ignore_index=True)
 
-# %% ../nbs/02_simulate.ipynb #1d34ef0e
+# %% ../nbs/02_simulate.ipynb #7394ecf6
 _DOPPLER_WIDTH, _HYDROGEN_WIDTH = 1.9, 12. # thermal and microturbulent velocity [km/s]
 _STRONG = {"Ca II": .09, "Na I": .05, "Mg I": .10, "Ca I": .05, "H I": .5} # damping parameter; others .03
 
+# %% ../nbs/02_simulate.ipynb #e523bdb7
 def _add_line(template, grid_log, log_wave, weight, width, damping):
     "Add one Voigt profile to a template on a uniform grid of log wavelength; its reach follows from its strength."
     step = grid_log[1] - grid_log[0]
@@ -146,17 +155,19 @@ def _templates(log_start, step, n):
         keys.append((species, excitation)); out.append(template)
     return keys, np.stack(out)
 
-# %% ../nbs/02_simulate.ipynb #ba2f6e4f
+# %% ../nbs/02_simulate.ipynb #9d272a05
 _DEPTH = 0.88 # depth of a fully saturated line
 
 def _depth(eta): return _DEPTH * eta / (1 + eta)
 
+# %% ../nbs/02_simulate.ipynb #0ba7d19d
 def _excess(species, factors):
     "[X/M] of a species: its own abundance, and that of the alpha elements if it is one."
     element = species.split()[0]
     own = np.asarray(factors.get(f"abundance_{element}", 0.), float)
     return own + (np.asarray(factors.get("alpha", 0.), float) if element in _ALPHA else 0.)
 
+# %% ../nbs/02_simulate.ipynb #327bd055
 def _rest_spectrum(factors, grid):
     "Normalised flux at rest without rotation, (spectrum, pixel) float32."
     keys, templates = _templates(*grid)
@@ -165,7 +176,7 @@ def _rest_spectrum(factors, grid):
     eta = (10**np.clip(relative, -6, 3)).astype(np.float32) @ templates
     return 1 - _depth(eta)
 
-# %% ../nbs/02_simulate.ipynb #2d88fd02
+# %% ../nbs/02_simulate.ipynb #c35038c5
 def rotation_transform(
     frequency:np.ndarray, # (frequency,) [cycles per km/s]
     vsini, # (spectrum, 1) or scalar projected rotation velocity [km/s]
@@ -176,12 +187,12 @@ def rotation_transform(
     disc, limb = 2 * j1(x) / x, 2 * (np.sin(x) - x * np.cos(x)) / x**3
     return ((1 - limb_darkening) * disc + limb_darkening * limb) / (1 - limb_darkening / 3)
 
+# %% ../nbs/02_simulate.ipynb #48e39f49
 _ROTATION_STEP, _ROTATION_REACH = 1e-3, 400.
 
 @lru_cache(maxsize=1)
 def _rotation_table(): return rotation_transform(np.arange(0, _ROTATION_REACH + 2 * _ROTATION_STEP, _ROTATION_STEP) / (2 * np.pi), 1.).astype(np.float32)
 
-# %% ../nbs/02_simulate.ipynb #f2878b52
 def _rotation_kernel(frequency, vsini):
     "`rotation_transform` from a table, (spectrum, frequency) float32; rows beyond the table are computed."
     place = np.outer(vsini, 2 * np.pi / _ROTATION_STEP * frequency)
@@ -189,12 +200,14 @@ def _rotation_kernel(frequency, vsini):
     index = place.astype(np.int32); table = _rotation_table()
     return table[index] + (place - index).astype(np.float32) * np.diff(table)[index]
 
+# %% ../nbs/02_simulate.ipynb #069f8a0e
 def _phase(angle, n, block=256):
     "exp(-i k angle) for k = 0..n-1, (spectrum, k) complex64."
     coarse = np.exp(-1j * block * angle[:, None] * np.arange(-(-n // block))).astype(np.complex64)
     fine = np.exp(-1j * angle[:, None] * np.arange(block)).astype(np.complex64)
     return (coarse[:, :, None] * fine[:, None, :]).reshape(len(angle), -1)[:, :n]
 
+# %% ../nbs/02_simulate.ipynb #95c801bc
 def _convolve_shift(flux, step, *, sigma=0., vsini=None, velocity=None):
     "Gaussian of `sigma`, rotation and shift [km/s] at once, along the last axis of a grid uniform in log wavelength."
     frequency = fft.rfftfreq(flux.shape[-1], step * SPEED_OF_LIGHT)
@@ -203,7 +216,7 @@ def _convolve_shift(flux, step, *, sigma=0., vsini=None, velocity=None):
     if velocity is not None: out *= _phase(2 * np.pi * np.log(doppler_factor(np.asarray(velocity, float))) / (step * flux.shape[-1]), len(frequency))
     return fft.irfft(out, n=flux.shape[-1])
 
-# %% ../nbs/02_simulate.ipynb #65f3133b
+# %% ../nbs/02_simulate.ipynb #5212e056
 def _oxygen_lines():
     "Vacuum wavelengths [Angstrom] and relative strengths of the O2 gamma and B bands."
     k, b, spin, coupling = np.arange(1, 40, 2.), 1.43768, 1.98475, -.008425
@@ -217,10 +230,10 @@ def _oxygen_lines():
             out.append(np.stack([1e8 / (origin + energy(constant, 5.4e-6, j) - level), strength * weight * populated], 1))
     return np.concatenate(out).T
 
+# %% ../nbs/02_simulate.ipynb #67bf9692
 #: centre, width and number of lines of the water bands, and their strength for 1 mm
 _WATER = ((5050, 25, 40, .02), (5430, 30, 40, .02), (5722, 30, 120, .02), (5920, 35, 260, .10), (6290, 35, 60, .02), (6510, 40, 200, .09), (6910, 60, 220, .09))
 
-# %% ../nbs/02_simulate.ipynb #dc3e3daa
 @lru_cache(maxsize=2)
 def _telluric_templates(log_start, step, n, seed=7):
     "Optical depth of O2 at airmass 1 and of 1 mm of water, (2, pixel), on a grid of log air wavelength."
@@ -231,6 +244,7 @@ def _telluric_templates(log_start, step, n, seed=7):
         for w, s in zip(rng.normal(centre, width, count), depth * rng.exponential(1, count)): _add_line(water, grid_log, np.log(w), s, 0.9, .3)
     return np.stack([oxygen, water])
 
+# %% ../nbs/02_simulate.ipynb #04dc4d36
 def telluric_transmission(
     wavelength:np.ndarray, # (wavelength,) in air, observatory's frame, uniform in log wavelength [Angstrom]
     airmass=1., # of the observation
@@ -241,7 +255,7 @@ def telluric_transmission(
     oxygen, vapour = _telluric_templates(log_wave[0], log_wave[1] - log_wave[0], len(wavelength))
     return np.exp(-airmass * (oxygen + water * vapour))
 
-# %% ../nbs/02_simulate.ipynb #fcd24fab
+# %% ../nbs/02_simulate.ipynb #556d4589
 #: airmasses, and millimetres of water along the line of sight, at which transmission is tabulated
 _SLANT, _COLUMN = np.array([0, .5, 1, 1.5, 2, 3, 5, 10]), np.array([0, .5, 1, 2, 4, 8, 16, 32, 100, 1000])
 
@@ -256,6 +270,7 @@ def _telluric_tables(log_start, step, n):
         return -np.log(np.clip(seen, 1e-6, 1))
     return [np.stack([effective(d, amount) for amount in amounts]).astype(np.float32) for d, amounts in zip(fine, (_SLANT, _COLUMN))]
 
+# %% ../nbs/02_simulate.ipynb #08e083e4
 def _between(values, nodes):
     "Weights of linear interpolation, (spectrum, node) float32."
     low = np.clip(np.searchsorted(nodes, values, "right") - 1, 0, len(nodes) - 2)
@@ -263,22 +278,25 @@ def _between(values, nodes):
     out[np.arange(len(values)), low], out[np.arange(len(values)), low + 1] = 1 - part, part
     return out
 
+# %% ../nbs/02_simulate.ipynb #586f8781
 def _sky_depth(airmass, water, grid):
     "Optical depth of the atmosphere in its own frame, (spectrum, pixel)."
     oxygen, vapour = _telluric_tables(*grid)
     return _between(airmass, _SLANT) @ oxygen + _between(airmass * water, _COLUMN) @ vapour
 
-# %% ../nbs/02_simulate.ipynb #6a2f43a3
+# %% ../nbs/02_simulate.ipynb #4cc8026a
 def _smooth(log_wave, curve):
     "Values of `curve(wavelength)`, (spectrum, node), on the fine grid by a cubic spline over at most 2,048 nodes."
     nodes = np.linspace(log_wave[0], log_wave[-1], min(len(log_wave), 2048))
     return CubicSpline(nodes, curve(np.exp(nodes)), axis=1)(log_wave).astype(np.float32)
 
+# %% ../nbs/02_simulate.ipynb #738e943d
 def _planck(wave, teff):
     "Black body over its value at 5500 Angstrom."
     shape = lambda w: (w / 5500)**-5 / np.expm1(1.4388e8 / (w * teff))
     return shape(wave) / shape(5500.)
 
+# %% ../nbs/02_simulate.ipynb #eb28b886
 def _continuum(log_wave, factors, nuisance):
     "Smooth throughput, (spectrum, pixel): black body, extinction, response with ripple, random slope, and the second epoch's own response."
     teff, airmass, epoch = (np.asarray(factors[n], float)[:, None] for n in ("teff", "airmass", "epoch"))
@@ -305,19 +323,23 @@ def _emission(factors, grid):
         out[:, low:high] += relative * height * np.exp(-0.5 * (velocity / (broader * sigma))**2)
     return out
 
-# %% ../nbs/02_simulate.ipynb #5394dbc4
+# %% ../nbs/02_simulate.ipynb #fd115b0d
+def _companion_light(factors, grid, velocity):
+    "Light of the cooler companion over the star's continuum, rotated and shifted, (spectrum, pixel)."
+    ratio = factors["companion"]
+    cooler = np.clip(factors["teff"] * ratio**(1 / 8), 3500, None)
+    second = _rest_spectrum({**factors, "teff": cooler, "logg": np.full_like(cooler, 4.6)}, grid)
+    second = _convolve_shift(second, grid[1], sigma=2.5, vsini=np.full_like(cooler, 3.), velocity=velocity + factors["companion_velocity"])
+    light = lambda wave: ratio[:, None] * _planck(wave, cooler[:, None]) / _planck(wave, factors["teff"][:, None])
+    return _smooth(grid[0] + grid[1] * np.arange(grid[2]), light) * second
+
+# %% ../nbs/02_simulate.ipynb #5205c081
 def _starlight(factors, grid, velocity):
     "Light of the star and of its companion over the star's continuum, rotated and shifted, (spectrum, pixel)."
     rest = _rest_spectrum(factors, grid)
     if (factors["activity"] > 0).any(): rest = rest + _emission(factors, grid)
     star = _convolve_shift(rest, grid[1], sigma=2.5, vsini=factors["vsini"], velocity=velocity)
-    ratio = factors["companion"]
-    if not (ratio > 0).any(): return star
-    cooler = np.clip(factors["teff"] * ratio**(1 / 8), 3500, None)
-    second = _rest_spectrum({**factors, "teff": cooler, "logg": np.full_like(cooler, 4.6)}, grid)
-    second = _convolve_shift(second, grid[1], sigma=2.5, vsini=np.full_like(cooler, 3.), velocity=velocity + factors["companion_velocity"])
-    light = lambda wave: ratio[:, None] * _planck(wave, cooler[:, None]) / _planck(wave, factors["teff"][:, None])
-    return star + _smooth(grid[0] + grid[1] * np.arange(grid[2]), light) * second
+    return star + _companion_light(factors, grid, velocity) if (factors["companion"] > 0).any() else star
 
 # %% ../nbs/02_simulate.ipynb #c7856c49
 #: factors, the value used when one is not given, and its unit
@@ -330,7 +352,16 @@ HIDDEN = dict(activity=("activity",), epoch=("epoch",), companion=("companion", 
 _LIMITS = dict(radial_velocity=(-450, 450), teff=(3500, 9000), logg=(0, 5.5), metallicity=(-4, 1), snr=(1e-3, 1e5), vsini=(0, 300), airmass=(1, 10), water=(0, 100),
                alpha=(-1, 1.5), activity=(0, 20), epoch=(0, 1), companion=(0, 1), companion_velocity=(-400, 400), abundance=(-3, 3))
 
-# %% ../nbs/02_simulate.ipynb #6ae89950
+# %% ../nbs/02_simulate.ipynb #8f3b5150
+def _within_limits(full):
+    "The factors as they came; `ValueError` for the first that lies where this page's physics does not hold."
+    for name, values in full.items():
+        low, high = _LIMITS.get(name.split("_")[0] if name.startswith("abundance") else name, (-np.inf, np.inf))
+        bad = ~((values >= low) & (values <= high))
+        if bad.any(): raise ValueError(f"simulate: {name} = {values[bad][0]} lies outside {low}..{high}, where this physics holds")
+    return full
+
+# %% ../nbs/02_simulate.ipynb #d9d42e6e
 def _complete(factors, abundances=None):
     "Every factor, abundance and berv as float arrays of one length; an unknown name or an impossible value is an error."
     factors = {n: np.atleast_1d(np.asarray(v, float)) for n, v in dict(factors).items()}
@@ -341,20 +372,16 @@ def _complete(factors, abundances=None):
         if element not in _ATOMS or element == "H": raise ValueError(f"simulate: no lines of {element!r} to change; abundances are those of {', '.join(list(_ATOMS)[1:])}")
         factors[f"abundance_{element}"] = np.atleast_1d(np.asarray(value, float)); defaults[f"abundance_{element}"] = 0.
     n = max([len(v) for v in factors.values()], default=1)
-    full = {k: np.broadcast_to(factors.get(k, np.array([v])), n).copy() for k, v in defaults.items()}
-    for name, values in full.items():
-        low, high = _LIMITS.get(name.split("_")[0] if name.startswith("abundance") else name, (-np.inf, np.inf))
-        bad = ~((values >= low) & (values <= high))
-        if bad.any(): raise ValueError(f"simulate: {name} = {values[bad][0]} lies outside {low}..{high}, where this physics holds")
-    return full
+    return _within_limits({k: np.broadcast_to(factors.get(k, np.array([v])), n).copy() for k, v in defaults.items()})
 
+# %% ../nbs/02_simulate.ipynb #61dce2cb
 def _described(full, given):
     "Coordinates of the factors that are to be reported: values, and attributes `role`, `units`, and `hidden` for truths that no catalogue has."
     units, hidden = {k: u for k, (_, u) in (FACTORS | EXTRA_FACTORS).items()}, {n for names in HIDDEN.values() for n in names}
     names = [n for n in full if n in FACTORS or (n in given and n != "berv") or n.startswith("abundance_")]
     return {n: (full[n], {"role": "factor", "units": units.get(n, "dex"), **({"hidden": True} if n in hidden else {})}) for n in names}
 
-# %% ../nbs/02_simulate.ipynb #4c834e2a
+# %% ../nbs/02_simulate.ipynb #b2342392
 def _fine_grid(wavelength):
     "(log start, step, n) of the working grid: at most 3 km/s and half a pixel, with 450 km/s to spare at both ends."
     if wavelength[0] < 3700 or wavelength[-1] > 7000: raise ValueError(f"simulate: the line list covers 3700-7000 Angstrom, not {wavelength[0]:.0f}-{wavelength[-1]:.0f}")
@@ -363,6 +390,7 @@ def _fine_grid(wavelength):
     start, stop = np.log(pixel_edges(wavelength)[[0, -1]]) + np.array([-margin, margin])
     return start, step, fft.next_fast_len(int(np.ceil((stop - start) / step)), real=True)
 
+# %% ../nbs/02_simulate.ipynb #25536b9c
 def _observe(factors, nuisance, grid, resolving_power, frame):
     "Noiseless counts on the working grid, (spectrum, pixel)."
     start, step, n = grid
@@ -374,7 +402,7 @@ def _observe(factors, nuisance, grid, resolving_power, frame):
     seen = star * sky * _continuum(log_wave, factors, nuisance)
     return _convolve_shift(seen, step, sigma=SPEED_OF_LIGHT / resolving_power / 2.3548)
 
-# %% ../nbs/02_simulate.ipynb #e599f468
+# %% ../nbs/02_simulate.ipynb #e67e4e93
 def _to_pixels(counts, grid, wavelength):
     "Mean of the working grid inside each output pixel."
     start, step, n = grid
@@ -384,6 +412,7 @@ def _to_pixels(counts, grid, wavelength):
     at_edges = total[:, low] * (1 - part) + total[:, low + 1] * part
     return np.diff(at_edges, axis=1) / np.diff(edges)
 
+# %% ../nbs/02_simulate.ipynb #8d17c5d9
 def _detect(counts, snr, rng, noise, usable):
     "Scale to the wished signal-to-noise at the median pixel, add noise; flux and ivar of one spectrum."
     counts = counts * (snr**2 / np.median(counts[usable]))
@@ -391,6 +420,7 @@ def _detect(counts, snr, rng, noise, usable):
     flux = counts + (rng.normal(0, np.sqrt(variance)) if noise else 0)
     return np.where(usable, flux, 0).astype(np.float32), np.where(usable, 1 / variance, 0).astype(np.float32)
 
+# %% ../nbs/02_simulate.ipynb #b81d4558
 def _simulate_rows(factors, rows, wavelength, grid, seed, noise, frame, resolving_power, gap):
     part = {n: v[rows] for n, v in factors.items()}
     rngs = [np.random.default_rng([seed, int(r)]) for r in rows]
@@ -432,17 +462,19 @@ def reported(
     "Labels and factors that a catalogue would hold: all but those with the attribute `hidden`."
     return [n for n, c in ds.coords.items() if c.attrs.get("role") in ("label", "factor") and not c.attrs.get("hidden")]
 
-# %% ../nbs/02_simulate.ipynb #2bba3866
+# %% ../nbs/02_simulate.ipynb #452af1cf
 def _independent_stars(n, rng):
     "Stars whose factors know nothing of each other."
     return pd.DataFrame(dict(radial_velocity=rng.normal(0, 35, n), teff=rng.uniform(4200, 6800, n), logg=rng.uniform(2, 5, n),
         metallicity=rng.uniform(-1, 0.4, n), vsini=np.exp(rng.uniform(np.log(1), np.log(30), n)), object=[f"Star {i:05d}" for i in range(n)]))
 
+# %% ../nbs/02_simulate.ipynb #706a476a
 def _snr(rows, spread):
     "Signal-to-noise of an exposure: the draw itself, or photon noise of the star's magnitude times the draw."
     if "magnitude" not in rows: return np.exp(spread)
     return (150 * 10**(-0.2 * (rows.magnitude - 6)) * np.exp(0.4 * (spread - spread.mean()))).clip(10, 500)
 
+# %% ../nbs/02_simulate.ipynb #f161886f
 def _expose(star, exposures, seed, rng):
     "One row an exposure: date, Earth's velocity, airmass, water and signal-to-noise of each."
     rows = star.loc[star.index.repeat(exposures)].reset_index(drop=True); n = len(rows)
@@ -455,9 +487,9 @@ def _expose(star, exposures, seed, rng):
     rows["spectrum_id"] = [f"sim{seed}-{i:06d}" for i in range(n)]
     return rows
 
-# %% ../nbs/02_simulate.ipynb #cd616029
+# %% ../nbs/02_simulate.ipynb #2666949c
 def _kinematics(n, rng):
-    "Population of each star (0 thin disc, 1 thick disc, 2 halo), radial velocity [km/s], metallicity and [alpha/M] [dex]."
+    "Radial velocity [km/s], metallicity and [alpha/M] [dex] of stars of the thin disc, the thick disc and the halo."
     which = rng.choice(3, n, p=(.93, .065, .005))
     sigma = np.array([[35, 20, 16], [67, 38, 35], [160, 90, 90]])[which]
     space = rng.normal(0, sigma) + np.array([[0, -15, 0], [0, -46, 0], [0, -220, 0]])[which] - np.array([11.1, 12.2, 7.3])
@@ -466,6 +498,7 @@ def _kinematics(n, rng):
     alpha = (-0.30 * metallicity).clip(-.02, .20) + np.array([0, .12, .15])[which] + rng.normal(0, .03, n)
     return dict(radial_velocity=(space * direction).sum(1).clip(-420, 420), metallicity=metallicity, alpha=alpha)
 
+# %% ../nbs/02_simulate.ipynb #8bac8718
 def _dwarfs(n, metallicity, rng):
     "Mass [solar], temperature [K] and log g of main-sequence stars of random age."
     mass = rng.triangular(.62, .95, 1.45, n)
@@ -474,6 +507,7 @@ def _dwarfs(n, metallicity, rng):
     teff = 5777 * (luminosity / radius**2)**.25 * 10**(-.04 * metallicity) * np.exp(rng.normal(0, .008, n))
     return mass, teff, 4.44 + np.log10(mass / radius**2)
 
+# %% ../nbs/02_simulate.ipynb #5043375f
 def _giants(n, metallicity, rng):
     "The same of red giants, half of them in the clump."
     mass, logg = rng.triangular(.9, 1.2, 2.2, n), np.where(rng.uniform(size=n) < .5, rng.normal(2.45, .08, n), rng.uniform(1.6, 4.0, n))
@@ -493,7 +527,14 @@ def _neighbourhood_stars(n, rng):
 
 _POPULATIONS = {"independent": _independent_stars, "solar_neighbourhood": _neighbourhood_stars}
 
-# %% ../nbs/02_simulate.ipynb #af68fbf5
+# %% ../nbs/02_simulate.ipynb #5729da84
+def _draw_companions(star, n_stars, rng):
+    "Ratio of fluxes and velocity [km/s] of each exposure's companion, (exposure,) each; 0 for single stars."
+    ratio = np.exp(rng.uniform(np.log(.05), np.log(.6), n_stars)) * (rng.uniform(size=n_stars) < .5)
+    amplitude = np.where(ratio > 0, rng.normal(0, 50, n_stars), 0)
+    return ratio[star], amplitude[star] * np.sin(rng.uniform(0, 2 * np.pi, len(star)))
+
+# %% ../nbs/02_simulate.ipynb #3e858598
 _OPENED = 58750. # date of the new epoch [d]
 
 def _sample_hidden(rows, hidden, seed):
@@ -505,10 +546,7 @@ def _sample_hidden(rows, hidden, seed):
     out = {}
     if "activity" in hidden: out["activity"] = np.exp(rng["activity"].uniform(np.log(.05), np.log(1.5), n_stars)[star] + rng["activity"].normal(0, .15, len(rows)))
     if "epoch" in hidden: out["epoch"] = (rows.mjd_obs > _OPENED).astype(float)
-    if "companion" in hidden:
-        draw = rng["companion"]; ratio = np.exp(draw.uniform(np.log(.05), np.log(.6), n_stars)) * (draw.uniform(size=n_stars) < .5)
-        out["companion"] = ratio[star]
-        out["companion_velocity"] = np.where(ratio > 0, draw.normal(0, 50, n_stars), 0)[star] * np.sin(draw.uniform(0, 2 * np.pi, len(rows)))
+    if "companion" in hidden: out["companion"], out["companion_velocity"] = _draw_companions(star, n_stars, rng["companion"])
     return rows.assign(**out)
 
 # %% ../nbs/02_simulate.ipynb #31abd2c5
@@ -525,23 +563,29 @@ def sample_factors(
     rows = _expose(_POPULATIONS[population](n_stars, rng), exposures, seed, rng)
     return _sample_hidden(rows, [hidden] if isinstance(hidden, str) else hidden, seed)
 
-# %% ../nbs/02_simulate.ipynb #fe37ca26
+# %% ../nbs/02_simulate.ipynb #444f6d9e
 #: error of a catalogue's label, one standard deviation in the factor's unit
 LABEL_ERRORS = dict(radial_velocity=.3, teff=60., logg=.10, metallicity=.05, vsini=1., alpha=.05, mass=.06)
 
+# %% ../nbs/02_simulate.ipynb #a5f1d757
+def _not_listed(snr, missing, seed):
+    "Which stars have no entry, (star,) bool: a share that is larger among the faint."
+    faintness = -snr.rank().values / len(snr) + np.random.default_rng([seed, 4, 100]).normal(0, .4, len(snr))
+    return np.argsort(np.argsort(-faintness)) < round(missing * len(snr))
+
+# %% ../nbs/02_simulate.ipynb #acd65ead
 def _catalogue(rows, labels, label_noise, missing, seed):
-    "Coordinates label_<name>: one value a star with a catalogue's error, NaN for a share of stars that is larger among the faint."
+    "Coordinates label_<name>: one value a star with a catalogue's error, NaN where the catalogue misses the star."
     unknown = [n for n in labels if n not in LABEL_ERRORS or n not in rows]
     if unknown: raise ValueError(f"sample_survey: no catalogue reports {', '.join(unknown)} of this population; possible are {', '.join(n for n in LABEL_ERRORS if n in rows)}")
     if not 0 <= missing <= 1: raise ValueError(f"sample_survey: missing_labels = {missing} is no share between 0 and 1")
-    star, first = rows.object.factorize()[0], ~rows.object.duplicated()
-    truth, n = rows[first].reset_index(drop=True), int(first.sum())
-    faintness = -rows.snr.groupby(star).mean().rank().values / n + np.random.default_rng([seed, 4, 100]).normal(0, .4, n)
-    lost = np.argsort(np.argsort(-faintness)) < round(missing * n)
+    star, truth = rows.object.factorize()[0], rows[~rows.object.duplicated()].reset_index(drop=True)
+    n, lost = len(truth), _not_listed(rows.snr.groupby(star).mean(), missing, seed)
     draw = lambda name: np.random.default_rng([seed, 4, 1 + list(LABEL_ERRORS).index(name)]).normal(0, label_noise * LABEL_ERRORS[name], n)
     value = {name: np.where(lost, np.nan, truth[name] + draw(name)) for name in labels}
     return {f"label_{k}": (v[star], {"role": "label", "error": label_noise * LABEL_ERRORS[k], "units": (FACTORS | EXTRA_FACTORS).get(k, ("", "solMass"))[1]}) for k, v in value.items()}
 
+# %% ../nbs/02_simulate.ipynb #dc717602
 def _survey_coordinates(table, n_stars, exposures, seed, random_labels):
     "What a survey knows besides the factors: star, date, controls, and a star's mass and magnitude where the population has them."
     rng = np.random.default_rng([seed, 2])
