@@ -53,12 +53,13 @@ class Inspector(Session, Viewer):
         self.param.watch(lambda event: self._soon("moved", lambda: self._redraw("moved"), 5), "code")
         self.param.watch(lambda event: self._soon("slope", lambda: self._redraw("slope"), 150, again=True), "code")
 
-# %% ../nbs/41_app.ipynb #a51581e5
+# %% ../nbs/41_app.ipynb #6fcbed2a
 def _document():
     "The document of the visitor being served, or None in a notebook, a test or a script."
     document = pn.state.curdoc
     return document if document is not None and document.session_context is not None else None
 
+# %% ../nbs/41_app.ipynb #989636b4
 @patch
 def _soon(self:Inspector, name, work, wait, again=False):
     "Do some work after `wait` ms, once; `again` starts the waiting anew."
@@ -102,7 +103,17 @@ def fetch_decoder(
         for draw in self._at_decoder: draw()
     if self._load_decoder is not None: pn.state.onload(lambda: self._later(pane, work, take)) # a page that is still being built would miss what is drawn
 
-# %% ../nbs/41_app.ipynb #ba08db80
+# %% ../nbs/41_app.ipynb #c026df85
+@patch
+def _follower(self:Inspector, velocity, rows):
+    "The shown node that follows a velocity best over some rows; None where too few are known."
+    values = self.mean[np.ix_(rows, [self.places[node] for node in self.nodes])]
+    known = np.isfinite(velocity) & np.isfinite(values).all(1)
+    if known.sum() < 20: return None
+    strength = {node: abs(spearmanr(column, velocity[known])[0]) if np.ptp(column) > 0 else 0. for node, column in zip(self.nodes, values[known].T)}
+    return max(strength, key=strength.get)
+
+# %% ../nbs/41_app.ipynb #329c065a
 @patch
 def calibrate(
     self:Inspector,
@@ -113,11 +124,8 @@ def calibrate(
     rows = np.arange(len(self.mean)) if len(self.mean) <= n_most else np.sort(np.random.default_rng(0).permutation(len(self.mean))[:n_most])
     for name in [name for name in self.labels() if "velocity" in name and self.latents[name].attrs.get("units", "km/s") == "km/s"]:
         velocity = self.latents[name].values[rows]
-        values = self.mean[np.ix_(rows, [self.places[node] for node in self.nodes])]
-        known = np.isfinite(velocity) & np.isfinite(values).all(1)
-        if known.sum() < 20: continue
-        strength = {node: abs(spearmanr(column, velocity[known])[0]) if np.ptp(column) > 0 else 0. for node, column in zip(self.nodes, values[known].T)}
-        best = max(strength, key=strength.get)
+        best = self._follower(velocity, rows)
+        if best is None: continue
         try: self.calibrations[best] = calibrate_velocity(self.mean[rows, self.places[best]], velocity)
         except ValueError as error: self.message = f"No km/s by {name}: {error}" if by_decoder else ""
     if by_decoder and not self.calibrations:
@@ -147,7 +155,7 @@ def spectrum_lines(
     usable = np.full(len(self.wavelength), np.nan) if real is None else np.where(real["ivar"].values > 0, real["flux"].values, np.nan)
     return {"observed": (usable, PALETTE["flux"]), **self.selection_line(), "reconstruction": (self.rebuilt(), PALETTE["reconstruction"], 2.4), "moved": (self.moved(), PALETTE["moved"])}
 
-# %% ../nbs/41_app.ipynb #8b6cf6b8
+# %% ../nbs/41_app.ipynb #e68c5994
 @patch
 def selection_line(
     self:Inspector,
@@ -157,6 +165,7 @@ def selection_line(
     n = len(self.chosen)
     return {} if typical is None else {f"median of {n if n <= 25 else f'25 of {n:,}'} selected": (typical, CYCLE[3])}
 
+# %% ../nbs/41_app.ipynb #a82a4bd7
 @patch
 def masked(
     self:Inspector,
@@ -165,6 +174,7 @@ def masked(
     real = self.observed()
     return np.empty((0, 2)) if real is None else masked_spans(real["wavelength"].values, real["ivar"].values)
 
+# %% ../nbs/41_app.ipynb #7aacc268
 @patch
 def velocity(
     self:Inspector,
@@ -175,7 +185,7 @@ def velocity(
     known = [float(self.latents[name].values[self.row]) for name in names] + [node_velocity(table, self.start[self.places[node]])[0] for node, table in self.calibrations.items()]
     return next((value for value in known if np.isfinite(value)), 0.)
 
-# %% ../nbs/41_app.ipynb #0cf71eb7
+# %% ../nbs/41_app.ipynb #07549673
 @patch
 def responding_lines(
     self:Inspector,
@@ -186,6 +196,22 @@ def responding_lines(
     size = np.interp(there, self.wavelength.values, np.nan_to_num(np.abs(self.slope())), left=-1, right=-1)
     return lines_in_sight(self.lines.assign(strength=size), x_range, self.velocity(), n_most=24)
 
+# %% ../nbs/41_app.ipynb #0ad44374
+@patch
+def _moving_panel(self:Inspector):
+    "The lines of the slider view, drawn anew for another spectrum."
+    return trace_panel(self.wavelength, self.spectrum_lines, "Flux [median = 1]", self.masked, streams=[Params(self, ["row", "guest"])], height=380,
+                       hooks=[lambda plot, element: self._remember("moved", plot)], title=self._caption)
+
+# %% ../nbs/41_app.ipynb #f01d9574
+@patch
+def _response_panel(self:Inspector):
+    "The response, drawn anew for another spectrum or another node."
+    return trace_panel(self.wavelength, lambda: {"response": (self.slope(), PALETTE["accent"])}, "Response [flux per std]", streams=[Params(self, ["row", "guest", "node"])], height=230,
+                       hooks=[lambda plot, element: self._remember("slope", plot)], show_legend=False, marks=self.responding_lines,
+                       title=lambda: f"Response to {node_name(self.node)}, with the lines that respond most")
+
+# %% ../nbs/41_app.ipynb #375958a2
 @patch
 def slider_view(
     self:Inspector,
@@ -194,26 +220,27 @@ def slider_view(
     if self._load_decoder is not None: return self._flux_view("the network is on its way")
     if self.decode is None: return empty_view("No decoder: give `decode` (for a run: specnb.encode.decoder(bundle)) to see what the nodes do.")
     if self.wavelength is None: return empty_view("No wavelength grid: give `wavelength` or `spectra` to the inspector.")
-    watch = lambda names: Params(self, names)
-    remember = lambda name: [lambda plot, element: self._remember(name, plot)]
-    response = lambda: {"response": (self.slope(), PALETTE["accent"])}
-    above = trace_panel(self.wavelength, self.spectrum_lines, "Flux [median = 1]", self.masked, streams=[watch(["row", "guest"])], height=380, hooks=remember("moved"), title=self._caption)
-    below = trace_panel(self.wavelength, response, "Response [flux per std]", streams=[watch(["row", "guest", "node"])], height=230, hooks=remember("slope"), show_legend=False,
-                        marks=self.responding_lines, title=lambda: f"Response to {node_name(self.node)}, with the lines that respond most")
+    above, below = self._moving_panel(), self._response_panel()
     self._ranges = {"moved": above.streams[0], "slope": below.streams[0]}
     return hv.Layout([above, below]).cols(1)
 
-# %% ../nbs/41_app.ipynb #8d9c50c2
+# %% ../nbs/41_app.ipynb #6df3aea3
+@patch
+def _flux_alone(self:Inspector):
+    real = self.observed()
+    return {"observed": (np.where(real["ivar"].values > 0, real["flux"].values, np.nan), PALETTE["flux"])} | self.selection_line()
+
 @patch
 def _flux_view(self:Inspector, words):
     "The observed spectrum alone."
     if self.wavelength is None or self.observed() is None: return empty_view(f"A moment: {words}.", height=380)
     return trace_panel(self.wavelength, self._flux_alone, "Flux [median = 1]", self.masked, streams=[Params(self, ["row", "guest"])], height=380, title=lambda: f"{self._caption()}; {words}")
 
+# %% ../nbs/41_app.ipynb #749a329c
 @patch
 def _caption(self:Inspector): return self.guest["name"] if self.guest is not None else self.ids()[self.row]
 
-# %% ../nbs/41_app.ipynb #47b9a6fd
+# %% ../nbs/41_app.ipynb #fa95f615
 @patch
 def _remember(self:Inspector, name, plot):
     "Keep a plot that is on the screen, and give it the range of its lines when spectrum or node is new."
@@ -225,6 +252,7 @@ def _remember(self:Inspector, name, plot):
         plot.handles["y_range"].update(start=low - 0.06 * (high - low), end=high + (0.3 if name == "slope" else 0.06) * (high - low))
     self._drawn[place] = key, plot
 
+# %% ../nbs/41_app.ipynb #2965ca85
 @patch
 def _redraw(self:Inspector, name):
     "Put the present code into the plots of this name that are on the screen."
@@ -238,15 +266,14 @@ def _redraw(self:Inspector, name):
         source.data = {column: x if column == "wavelength" else y for column in source.data}
         plot.push()
 
-# %% ../nbs/41_app.ipynb #85299942
+# %% ../nbs/41_app.ipynb #8cd3d9c6
 TEXT = "label" if "label" in pn.widgets.FloatSlider.param else "name"   # Panel has renamed the words on a widget and its colour
 
 _STRONG = {"color" if "color" in pn.widgets.Button.param else "button_type": "primary"}
 
 def _widget(kind, text, **settings): return kind(**{TEXT: text}, **settings)
 
-def _safe(text): return escape(str(text))
-
+# %% ../nbs/41_app.ipynb #ee6c856f
 @patch
 def slider_name(
     self:Inspector,
@@ -255,25 +282,33 @@ def slider_name(
     "What a slider is called now."
     return f"{node_name(node)} = {self.code[self.places[node]]:+.2f}{self.speed(node)}, percentile"
 
-# %% ../nbs/41_app.ipynb #56bd1928
+# %% ../nbs/41_app.ipynb #e3a635d9
+@patch
+def _hand(self:Inspector, node, percent):
+    "A hand has put the slider of a node to a percentile."
+    if not self._quiet: self.move(node, float(np.interp(percent, PERCENTS, self.quantiles(node))))
+
+# %% ../nbs/41_app.ipynb #d8e4dbe4
+@patch
+def _place_sliders(self:Inspector, made):
+    "Put sliders where the code is, without an echo."
+    before, self._quiet = self._quiet, True
+    for node, slider in made.items():
+        percent = np.interp(self.code[self.places[node]], self.quantiles(node), PERCENTS)
+        slider.param.update(**{TEXT: self.slider_name(node)}, value=float(np.round(percent * 2) / 2))
+    self._quiet = before
+
+# %% ../nbs/41_app.ipynb #a78db3dd
 @patch
 def sliders(
     self:Inspector,
 )->list: # one slider a node
     "Sliders of the shown nodes, bound to the code in both directions."
     made = {node: pn.widgets.FloatSlider(start=PERCENTS[0], end=PERCENTS[-1], step=0.5, format="0", sizing_mode="stretch_width", margin=(2, 10)) for node in self.nodes}
-    def hand(event, node):
-        if not self._quiet: self.move(node, float(np.interp(event.new, PERCENTS, self.quantiles(node))))
-    def follow(*_):
-        before, self._quiet = self._quiet, True
-        for node, slider in made.items():
-            percent = np.interp(self.code[self.places[node]], self.quantiles(node), PERCENTS)
-            slider.param.update(**{TEXT: self.slider_name(node)}, value=float(np.round(percent * 2) / 2))
-        self._quiet = before
-    for node, slider in made.items(): slider.param.watch(lambda event, node=node: hand(event, node), "value")
-    self.param.watch(follow, "code")
-    self._follow = follow
-    follow()
+    for node, slider in made.items(): slider.param.watch(lambda event, node=node: self._hand(node, event.new), "value")
+    self._follow = lambda *_: self._place_sliders(made)
+    self.param.watch(self._follow, "code")
+    self._follow()
     return list(made.values())
 
 # %% ../nbs/41_app.ipynb #9938ebfc
@@ -306,7 +341,7 @@ def reading_view(
     if self.decode is not None: panels.append(trace_panel(grid, self.residual_lines, "Residual [sigma]", spans, streams=streams(), height=200, show_legend=False))
     return hv.Layout(panels).cols(1)
 
-# %% ../nbs/41_app.ipynb #b10b1a3a
+# %% ../nbs/41_app.ipynb #f5a938a6
 @patch
 def reading_lines(
     self:Inspector,
@@ -314,11 +349,7 @@ def reading_lines(
     "Observed and rebuilt."
     return {name: line[:2] for name, line in (self.spectrum_lines() if self.decode is not None else self._flux_alone()).items() if name != "moved"}
 
-@patch
-def _flux_alone(self:Inspector):
-    real = self.observed()
-    return {"observed": (np.where(real["ivar"].values > 0, real["flux"].values, np.nan), PALETTE["flux"])} | self.selection_line()
-
+# %% ../nbs/41_app.ipynb #965dd591
 @patch
 def residual_lines(
     self:Inspector,
@@ -328,7 +359,7 @@ def residual_lines(
     left = (real["flux"].values - self.rebuilt()) * np.sqrt(np.where(real["ivar"].values > 0, real["ivar"].values, np.nan))
     return {"residual": (left, PALETTE["residual"])}
 
-# %% ../nbs/41_app.ipynb #9e5e8393
+# %% ../nbs/41_app.ipynb #ae72c1a6
 @patch
 def ask(
     self:Inspector,
@@ -340,6 +371,7 @@ def ask(
     if number(node) not in self.places: return
     if label in self.latents.coords or number(label) in self.places: self.param.update(node=number(node), label=str(label))
 
+# %% ../nbs/41_app.ipynb #a6e834f2
 @patch
 def column(
     self:Inspector,
@@ -401,7 +433,10 @@ def cell_view(
     return (view * self._rings(places, self.chosen, size=7, line_color=PALETTE["reconstruction"], line_width=1.2)).opts(
         backend="bokeh", height=460, responsive=True, backend_opts=DRAWING, show_legend=False)
 
-# %% ../nbs/41_app.ipynb #c35e8dac
+# %% ../nbs/41_app.ipynb #6c3d66e1
+def _safe(text): return escape(str(text))
+
+# %% ../nbs/41_app.ipynb #f499a27f
 @patch
 def retrieval_view(
     self:Inspector,
@@ -417,6 +452,7 @@ def retrieval_view(
     few = xr.Dataset(lines, {"wavelength": found[0]["wavelength"], "spectrum_id": ("spectrum", names)})
     return neighbour_view(few, 0, near, height=340)
 
+# %% ../nbs/41_app.ipynb #0c923638
 @patch
 def verdict(
     self:Inspector,
@@ -428,7 +464,7 @@ def verdict(
     return (f"<b>{_safe(self._caption())}</b> is <b>{_safe(row['kind'])}</b>: p = {row['p']:.2g} (isolation {row['p_latent']:.2g}, misfit {row['p_chi2']:.2g}). "
             f"At a false-alarm rate of {rate:.2g}, {table['novel'].sum():,} of {len(table):,} spectra are called novel; {table.attrs['expected_false_alarms']:.0f} would be by chance.")
 
-# %% ../nbs/41_app.ipynb #78fd4526
+# %% ../nbs/41_app.ipynb #9177dcd0
 @patch
 def embed(
     self:Inspector,
@@ -445,6 +481,7 @@ def embed(
     self._planes |= {name: (self._guest_key(), place[-1, i]) for i, name in enumerate(names)}
     return names
 
+# %% ../nbs/41_app.ipynb #66e7ce39
 @patch
 def take(
     self:Inspector,
@@ -456,7 +493,39 @@ def take(
     table = selection_table(self.latents, rows, self.nodes)
     return BytesIO(self.write_votable(table) if kind == "vot" else table.to_csv(index=False).encode())
 
-# %% ../nbs/41_app.ipynb #311a4c6a
+# %% ../nbs/41_app.ipynb #e0de1fc2
+@patch
+def _select(self:Inspector, table, outline):
+    if outline is not None and len(outline): self.chosen = rows_inside(table, outline)
+
+# %% ../nbs/41_app.ipynb #305d5c0d
+@patch
+def _listen(self:Inspector, table, source):
+    "Let box, lasso and tap on a layer of the map select and choose."
+    self._map_streams = BoundsXY(source=source), Lasso(source=source), Tap(source=source)
+    box, lasso, tap = self._map_streams
+    box.add_subscriber(lambda bounds: self._select(table, None if bounds is None else np.reshape(bounds, (2, 2))))
+    lasso.add_subscriber(lambda geometry: self._select(table, geometry))
+    tap.add_subscriber(lambda x, y: self.choose(self.ids()[row_at(table, x, y)]) if x is not None and y is not None else None)
+
+# %% ../nbs/41_app.ipynb #14e6c20e
+@patch
+def _rings(self:Inspector, places, rows, **style):
+    "Rings around some spectra, at most 2,000 of them."
+    some = np.asarray(rows, int)[np.unique(np.linspace(0, max(len(rows) - 1, 0), min(len(rows), 2000)).astype(int))]
+    here = places.loc[places.index.intersection(some), ["x", "y"]]
+    return hv.Points(here, ["x", "y"], []).opts(backend="bokeh", fill_alpha=0, line_alpha=1. if len(some) < 200 else 0.3, tools=["tap", "box_select", "lasso_select"], **style)
+
+# %% ../nbs/41_app.ipynb #49a39f5a
+@patch
+def _map_layers(self:Inspector, x, y, places):
+    "Layers of the map that follow the selection, the chosen spectrum and the guest."
+    rings = hv.DynamicMap(lambda chosen: self._rings(places, chosen, size=7, line_color=PALETTE["reconstruction"], line_width=1.2), streams=[Params(self, ["chosen"])])
+    mark = hv.DynamicMap(lambda row, guest: self._rings(places, [row] if guest is None else [], size=15, line_color=PALETTE["residual"], line_width=2.5), streams=[Params(self, ["row", "guest"])])
+    star = hv.DynamicMap(lambda guest: self._star(x, y), streams=[Params(self, ["guest"])])
+    return rings, mark, star
+
+# %% ../nbs/41_app.ipynb #06ae35a1
 @patch
 def map_view(
     self:Inspector,
@@ -467,31 +536,12 @@ def map_view(
     "All spectra by two columns; box and lasso select, a click chooses."
     table = scatter_table(self.latents, x, y, color)
     if not len(table): return empty_view(f"No spectrum has both {x} and {y}: choose other axes.")
-    places = table.set_index("row")
-    rings = hv.DynamicMap(lambda chosen: self._rings(places, chosen, size=7, line_color=PALETTE["reconstruction"], line_width=1.2), streams=[Params(self, ["chosen"])])
-    star = hv.DynamicMap(lambda guest: self._star(x, y), streams=[Params(self, ["guest"])])
-    mark = hv.DynamicMap(lambda row, guest: self._rings(places, [row] if guest is None else [], size=15, line_color=PALETTE["residual"], line_width=2.5), streams=[Params(self, ["row", "guest"])])
-    self._map_streams = BoundsXY(source=rings), Lasso(source=rings), Tap(source=rings)
-    box, lasso, tap = self._map_streams
-    box.add_subscriber(lambda bounds: self._select(table, None if bounds is None else np.reshape(bounds, (2, 2))))
-    lasso.add_subscriber(lambda geometry: self._select(table, geometry))
-    tap.add_subscriber(lambda x, y: self.choose(self.ids()[row_at(table, x, y)]) if x is not None and y is not None else None)
+    rings, mark, star = self._map_layers(x, y, table.set_index("row"))
+    self._listen(table, rings)
     return (latent_scatter(self.latents, x, y, color, height=560) * rings * mark * star).opts(
         backend="bokeh", tools=["pan", "wheel_zoom", "box_zoom"], active_tools=["lasso_select", "wheel_zoom"], backend_opts=DRAWING, default_tools=["save", "reset"], height=560, responsive=True, show_legend=False)
 
-@patch
-def _select(self:Inspector, table, outline):
-    if outline is not None and len(outline): self.chosen = rows_inside(table, outline)
-
-# %% ../nbs/41_app.ipynb #14e6c20e
-@patch
-def _rings(self:Inspector, places, rows, **style):
-    "Rings around some spectra, at most 2,000 of them."
-    some = np.asarray(rows, int)[np.unique(np.linspace(0, max(len(rows) - 1, 0), min(len(rows), 2000)).astype(int))]
-    here = places.loc[places.index.intersection(some), ["x", "y"]]
-    return hv.Points(here, ["x", "y"], []).opts(backend="bokeh", fill_alpha=0, line_alpha=1. if len(some) < 200 else 0.3, tools=["tap", "box_select", "lasso_select"], **style)
-
-# %% ../nbs/41_app.ipynb #f724d1a8
+# %% ../nbs/41_app.ipynb #c38390ec
 @patch
 def guest_value(
     self:Inspector,
@@ -505,11 +555,13 @@ def guest_value(
     told = self.guest["spectrum"].coords.get(name)
     return float(told) if told is not None and told.ndim == 0 and np.issubdtype(told.dtype, np.number) else np.nan
 
+# %% ../nbs/41_app.ipynb #66055b3e
 @patch
 def _star(self:Inspector, x, y):
     here = np.array([[self.guest_value(x), self.guest_value(y)]])
     return hv.Points(here[np.isfinite(here).all(1)], ["x", "y"]).opts(backend="bokeh", marker="star", size=24, color=PALETTE["reconstruction"], line_color="white", line_width=1)
 
+# %% ../nbs/41_app.ipynb #99c5fac7
 @patch
 def guest_note(
     self:Inspector,
@@ -520,7 +572,7 @@ def guest_note(
     mend = "press UMAP to place it" if lost and lost[0].startswith("umap") else "choose nodes, PCA, or what its header tells"
     return f"★ {_safe(self.guest['name'])}" + (f" has no {_safe(lost[0])}, so no place on this map: {mend}" if lost else "")
 
-# %% ../nbs/41_app.ipynb #e9fb1278
+# %% ../nbs/41_app.ipynb #d78fbbf8
 @patch
 def map_columns(
     self:Inspector,
@@ -528,6 +580,7 @@ def map_columns(
     "What may stand along an axis of the map."
     return [*map(node_name, self.places), *[str(name) for name, c in self.latents.coords.items() if c.dims == ("spectrum",) and np.issubdtype(c.dtype, np.number)]]
 
+# %% ../nbs/41_app.ipynb #c02260d2
 @patch
 def tab_names(
     self:Inspector,
@@ -535,6 +588,7 @@ def tab_names(
     "What the tabs are called."
     return ["Nodes", "Spectrum", "Matrices", "Neighbours", "Map", "Training", *self.tabs]
 
+# %% ../nbs/41_app.ipynb #45b801d2
 @patch
 def arranged(
     self:Inspector,
@@ -549,7 +603,7 @@ def arranged(
         if value not in known[name]: raise ValueError(f"there is no {value[:60]!r} for {name} here: {mend}")
     return wanted
 
-# %% ../nbs/41_app.ipynb #c1aa170a
+# %% ../nbs/41_app.ipynb #76bb105e
 @patch
 def saved(
     self:Inspector,
@@ -558,17 +612,24 @@ def saved(
     return write_state(spectrum=str(self.ids()[self.row]), node=int(self.node), label=self.label, code=self.code, chosen=[str(name) for name in self.ids()[self.chosen]],
                        tab=self.tab, across=self.across, up=self.up, colour=self.colour)
 
+# %% ../nbs/41_app.ipynb #25a4e0aa
+@patch
+def _fitting(self:Inspector, text):
+    "A state and the arrangement it asks for; `ValueError` for one that is not of these latents."
+    state = read_state(text)
+    if "spectrum" in state and state["spectrum"] not in self.ids(): raise ValueError(f"this state is about {state['spectrum'][:60]!r}, which is not among these spectra")
+    places = self.arranged(state)
+    if len(state.get("code", self.code)) != len(self.code): raise ValueError(f"this state has a code of {len(state['code'])} nodes, these latents have {len(self.code)}")
+    return state, places
+
+# %% ../nbs/41_app.ipynb #63c86cf8
 @patch
 def reopen(
     self:Inspector,
     text,          # str or bytes, from `saved`
 )->bool:           # whether it was a state of these latents
     "Take up a saved state; what does not fit sets `message` and changes nothing."
-    try:
-        state = read_state(text)
-        if "spectrum" in state and state["spectrum"] not in self.ids(): raise ValueError(f"this state is about {state['spectrum'][:60]!r}, which is not among these spectra")
-        places = self.arranged(state)
-        if len(state.get("code", self.code)) != len(self.code): raise ValueError(f"this state has a code of {len(state['code'])} nodes, these latents have {len(self.code)}")
+    try: state, places = self._fitting(text)
     except ValueError as error: self.message = str(error); return False
     if "spectrum" in state and not self.choose(state["spectrum"]): return False
     self.ask(state.get("label", self.label), node_name(state.get("node", self.node)))
@@ -615,7 +676,7 @@ class Keys(JSComponent):
     def _handle_msg(self, key):
         if isinstance(key, str) and len(key) == 1: self._heard(key)
 
-# %% ../nbs/41_app.ipynb #da4662e5
+# %% ../nbs/41_app.ipynb #99dcdc1d
 @patch
 def press(
     self:Inspector,
@@ -629,6 +690,7 @@ def press(
     elif key == "r": self.reset()
     elif key.isdigit() and 0 < int(key) <= len(self.tab_names()): self.tab = self.tab_names()[int(key) - 1]
 
+# %% ../nbs/41_app.ipynb #05ec7b8d
 @patch
 def gather(
     self:Inspector,
@@ -636,25 +698,38 @@ def gather(
     "Put all nodes to the median of the selected spectra."
     self.code = np.nanmedian(self.mean[self.chosen], axis=0).astype(float)
 
-# %% ../nbs/41_app.ipynb #b0a00f6a
+# %% ../nbs/41_app.ipynb #6e735f47
 def _pane(view): return pn.pane.HoloViews(view, backend="bokeh", linked_axes=False, sizing_mode="stretch_width")
 
+# %% ../nbs/41_app.ipynb #95852c56
 @patch
-def _chooser(self:Inspector):
+def _id_field(self:Inspector):
+    "A text field that chooses, with the ids to complete from where they are few."
     ids = self.ids()
     field = _widget(pn.widgets.AutocompleteInput, "Spectrum: id, object or position", options=list(ids) if len(ids) <= 5000 else [], restrict=False, min_characters=1,
                     case_sensitive=False, search_strategy="includes", placeholder=str(ids[0]), sizing_mode="stretch_width")
     field.param.watch(lambda event: event.new and self.choose(event.new.strip()), "value")
-    back, on = [_widget(pn.widgets.Button, name, sizing_mode="stretch_width", on_click=lambda event, key=key: self.press(key)) for name, key in (("◀ previous", "p"), ("next ▶", "n"))]
+    return field
+
+# %% ../nbs/41_app.ipynb #b1a79654
+@patch
+def _file_door(self:Inspector):
+    "A place to drop a FITS file."
     drop = pn.widgets.FileInput(accept=".fits,.fit,.fits.gz,.fz", sizing_mode="stretch_width", margin=(0, 10))
     drop.param.watch(lambda event: event.new is not None and self.bring(drop.filename or "a file", event.new), "value")
-    known = self.read_upload is not None
-    among = pn.pane.HTML(pn.bind(lambda rows: f"<small>stepping through {len(rows):,} selected spectra</small>", self.param.chosen), margin=(0, 10), visible=pn.bind(lambda rows: len(rows) > 0, self.param.chosen))
-    own = pn.Column(pn.pane.HTML("<small>or drop a FITS file of your own:</small>", margin=(4, 10, 0, 10)), drop, sizing_mode="stretch_width", visible=known)
-    card = pn.pane.HTML(pn.bind(lambda row, guest: self._card(), self.param.row, self.param.guest), sizing_mode="stretch_width")
-    return pn.Column(field, pn.Row(back, on, sizing_mode="stretch_width"), among, own, card, sizing_mode="stretch_width")
+    words = pn.pane.HTML("<small>or drop a FITS file of your own:</small>", margin=(4, 10, 0, 10))
+    return pn.Column(words, drop, sizing_mode="stretch_width", visible=self.read_upload is not None)
 
-# %% ../nbs/41_app.ipynb #e7c9435d
+# %% ../nbs/41_app.ipynb #396a114b
+@patch
+def _chooser(self:Inspector):
+    "Field, steps, door and card of the chosen spectrum."
+    back, on = [_widget(pn.widgets.Button, name, sizing_mode="stretch_width", on_click=lambda event, key=key: self.press(key)) for name, key in (("◀ previous", "p"), ("next ▶", "n"))]
+    among = pn.pane.HTML(pn.bind(lambda rows: f"<small>stepping through {len(rows):,} selected spectra</small>", self.param.chosen), margin=(0, 10), visible=pn.bind(lambda rows: len(rows) > 0, self.param.chosen))
+    card = pn.pane.HTML(pn.bind(lambda row, guest: self._card(), self.param.row, self.param.guest), sizing_mode="stretch_width")
+    return pn.Column(self._id_field(), pn.Row(back, on, sizing_mode="stretch_width"), among, self._file_door(), card, sizing_mode="stretch_width")
+
+# %% ../nbs/41_app.ipynb #71cd2374
 @patch
 def _card(self:Inspector):
     "The chosen spectrum in a few lines: id and labels with their units."
@@ -668,6 +743,7 @@ def _card(self:Inspector):
         lines.append(f"{_safe(str(name).replace('_', ' '))}: {_safe(shown)} {_safe(column.attrs.get('units', ''))}")
     return f"<b>{_safe(self.ids()[self.row])}</b><div style='font-size:11px;line-height:1.5;columns:2'>{'<br>'.join(lines[:14])}</div>"
 
+# %% ../nbs/41_app.ipynb #b00fc312
 @patch
 def _slider_column(self:Inspector):
     back = _widget(pn.widgets.Button, "Reset to the spectrum", **_STRONG, sizing_mode="stretch_width", on_click=lambda event: self.reset())
@@ -709,17 +785,24 @@ def _spectrum_tab(self:Inspector):
     self.param.watch(redraw, "chosen")
     return pn.Column(pn.Row(frame, named, pn.pane.HTML("line list of your own:", align="end"), own), picture, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #4799cf16
+# %% ../nbs/41_app.ipynb #bd2891de
 _CHOICES = {"Spearman": "spearman", "Pearson": "pearson", "MI [nat]": "mi", "MI 0..1": "linfoot", "MI given …": "conditional_mi"}
 
 @patch
-def _matrix_tab(self:Inspector):
+def _matrix_menus(self:Inspector):
+    "What can be asked of a matrix: statistic, columns, order, all nodes, given labels, test."
     statistic = _widget(pn.widgets.RadioButtonGroup, "Statistic", options=_CHOICES, align="end")
     against = _widget(pn.widgets.Select, "Nodes against", options=["labels", "nodes", "selection"], width=110)
     order = _widget(pn.widgets.Select, "Order", options=["strength", "cluster", "number"], width=110)
     every = _widget(pn.widgets.Checkbox, "also uninformative nodes", align="center")
     given = _widget(pn.widgets.MultiChoice, "given these labels", options=self.labels(), value=[self.label] if self.label in self.labels() else self.labels()[:1], visible=False, width=260)
     test = _widget(pn.widgets.Button, "Test it (about a minute)", visible=False, align="end")
+    return statistic, against, order, every, given, test
+
+# %% ../nbs/41_app.ipynb #302cf918
+@patch
+def _matrix_tab(self:Inspector):
+    statistic, against, order, every, given, test = self._matrix_menus()
     left, right = _pane(self.matrix_view()), _pane(self.cell_view())
     def redraw(event=None, n_permutations=0):
         conditional = statistic.value == "conditional_mi"
@@ -735,7 +818,7 @@ def _matrix_tab(self:Inspector):
     self.param.watch(lambda *_: setattr(right, "object", self.cell_view()), ["node", "label", "chosen"])
     return pn.Column(pn.Row(statistic, against, order, *self._pair_choosers()), pn.Row(every, given, test), pn.Row(left, right, sizing_mode="stretch_width"), sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #c06e2599
+# %% ../nbs/41_app.ipynb #098aba45
 @patch
 def _pair_choosers(self:Inspector):
     "Node and label in question as two menus that follow a click."
@@ -746,6 +829,7 @@ def _pair_choosers(self:Inspector):
     label.link(self, value="label", bidirectional=True)
     return node, label
 
+# %% ../nbs/41_app.ipynb #82998f05
 @patch
 def _tidy(self:Inspector, near):
     "Neighbours for a person: names, distances and labels, to four figures."
@@ -795,7 +879,7 @@ def _map_tab(self:Inspector):
     self.param.watch(redraw, ["across", "up", "colour", "guest"])
     return pn.Column(pn.Row(*axes, color, *plane, note), self._selection_row(), picture, sizing_mode="stretch_width")
 
-# %% ../nbs/41_app.ipynb #3ac3721d
+# %% ../nbs/41_app.ipynb #eac0f080
 @patch
 def _selection_row(self:Inspector):
     count = pn.pane.HTML(pn.bind(lambda rows: f"{len(rows):,} of {len(self.mean):,} selected", self.param.chosen), align="center")
@@ -809,6 +893,7 @@ def _selection_row(self:Inspector):
     store.on_click(write)
     return pn.Row(count, clear, *doors, store, said)
 
+# %% ../nbs/41_app.ipynb #46e560c5
 @patch
 def _training_tab(self:Inspector):
     if self.dimensions is None: bars = empty_view("No dimensions table: run specnb.dims.informative_nodes(latents), or `specnb analyse RUN`.")
@@ -830,7 +915,7 @@ def _nodes_tab(self:Inspector):
     self.fetch_decoder(pane)
     return pane
 
-# %% ../nbs/41_app.ipynb #0ed03322
+# %% ../nbs/41_app.ipynb #10237917
 @patch
 def _open_tab(self:Inspector):
     "Make the tab that is looked at, the first time it is."
@@ -841,6 +926,7 @@ def _open_tab(self:Inspector):
     if self.tab in self.tabs and callable(make): self._later(page, make, lambda made: page.append(made if made is not None else empty_view(self.message)))
     else: page.append(make() if callable(make) else make)
 
+# %% ../nbs/41_app.ipynb #d16a1266
 @patch
 def _make_tabs(self:Inspector):
     here = ":host(.bk-above) .bk-header .bk-tab.bk-active {color: inherit; background: transparent; font-weight: bold}"
@@ -853,7 +939,7 @@ def _make_tabs(self:Inspector):
     self._open_tab()
     return self._tabs
 
-# %% ../nbs/41_app.ipynb #4d9b3632
+# %% ../nbs/41_app.ipynb #d4b106c9
 @patch
 def _header(self:Inspector):
     n, m = self.latents.sizes["spectrum"], self.latents.sizes["latent"]
@@ -866,6 +952,7 @@ def _header(self:Inspector):
     theme = pn.pane.HTML(f"<a style='color:inherit' href='?theme={'default' if dark == 'Light' else 'dark'}'>{dark} page</a>", align="center", visible=_document() is not None)
     return pn.Row(words, keys, theme, save, pn.pane.HTML("open a view:", align="center"), reopen, sizing_mode="stretch_width")
 
+# %% ../nbs/41_app.ipynb #cc23df5e
 @patch
 def __panel__(self:Inspector):
     "The layout: chooser and sliders left, questions right, a word on failures above."
@@ -902,6 +989,17 @@ def inspector(
     made.embed("PCA"), made.calibrate()
     return made
 
+# %% ../nbs/41_app.ipynb #cc3a92f4
+def _is_loopback(address):
+    try: return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError: return False
+
+# %% ../nbs/41_app.ipynb #e77fd6c5
+def _free_port(address):
+    with socket.socket() as door:
+        door.bind((address, 0))
+        return door.getsockname()[1]
+
 # %% ../nbs/41_app.ipynb #d59f800d
 def serve(
     app_factory,               # called once for every visitor, returns what is shown
@@ -924,13 +1022,3 @@ def serve(
     print(f"http://{address}:{port}/  (Ctrl-C stops it)", flush=True)
     if show: server.io_loop.add_callback(webbrowser.open, f"http://{address}:{port}/")
     server.run_until_shutdown()
-
-# %% ../nbs/41_app.ipynb #e360f1be
-def _is_loopback(address):
-    try: return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError: return False
-
-def _free_port(address):
-    with socket.socket() as door:
-        door.bind((address, 0))
-        return door.getsockname()[1]
