@@ -50,7 +50,7 @@ def axis_label(
     inside = [part for part in (units, array.attrs.get("medium")) if part and part != "1"]
     return f"{words} [{', '.join(inside)}]" if inside else words
 
-# %% ../nbs/40_plots.ipynb #959837ff
+# %% ../nbs/40_plots.ipynb #06fe5e8a
 def empty_view(
     message:str,    # what is missing and what to do about it
     height:int=260, # [pixel]
@@ -60,6 +60,7 @@ def empty_view(
     return text.opts(backend="bokeh", text_font_size="11pt", text_color=PALETTE["flux"], xaxis=None, yaxis=None,
                      height=height, responsive=True, toolbar=None, xlim=(0, 1), ylim=(0, 1), show_frame=False)
 
+# %% ../nbs/40_plots.ipynb #b6be350b
 def _wrapped(message, width=68):
     lines = [""]
     for word in message.split():
@@ -67,7 +68,7 @@ def _wrapped(message, width=68):
         lines[-1] = f"{lines[-1]} {word}".strip()
     return lines
 
-# %% ../nbs/40_plots.ipynb #21ac366f
+# %% ../nbs/40_plots.ipynb #b9f66ff2
 class StillFigure(Figure):
     "A matplotlib figure that shows itself in a notebook, whatever backend is set."
     def _repr_png_(self):
@@ -76,6 +77,7 @@ class StillFigure(Figure):
         Image.open(full).convert("RGB").quantize(96).save(small, format="png", optimize=True)
         return small.getvalue()
 
+# %% ../nbs/40_plots.ipynb #8c86b2f8
 def _figure(rows=1, columns=1, size=(7.2, 3.0), **kwargs):
     figure = StillFigure(figsize=size, dpi=72, layout="constrained", facecolor="none")
     axes = figure.subplots(rows, columns, **kwargs)
@@ -110,9 +112,10 @@ def reduce_line(
     keep = MinMaxDownsampler().downsample(np.ascontiguousarray(y), n_out=n_points).astype(np.int64)
     return x[keep], y[keep]
 
-# %% ../nbs/40_plots.ipynb #fac12dec
+# %% ../nbs/40_plots.ipynb #6b73cd0c
 DRAWING = {"plot.output_backend": "canvas", "plot.lod_timeout": 60}   # no GPU needed; the end of a zoom after 60 ms
 
+# %% ../nbs/40_plots.ipynb #e7578ece
 def _refresh(plot, lines, grid, n_points):
     "Put the points of the visible range into the sources of a panel's lines."
     now, wavelength = (part() if callable(part) else part for part in (lines, grid))
@@ -167,7 +170,7 @@ def one_spectrum(
     if not -n <= which < n: raise IndexError(f"spectrum {which} asked for, but there are {n}: use 0 to {n - 1}")
     return spectra.isel(spectrum=int(which))
 
-# %% ../nbs/40_plots.ipynb #bfc32bf0
+# %% ../nbs/40_plots.ipynb #84416ff0
 def spectrum_traces(
     spectrum:xr.Dataset,            # (wavelength,) `flux` and `ivar`
     reconstruction:np.ndarray=None, # (wavelength,) in the unit of the flux
@@ -183,17 +186,19 @@ def spectrum_traces(
     traces["residual"] = (traces["flux"] - reconstruction) * np.sqrt(ivar)
     return traces
 
+# %% ../nbs/40_plots.ipynb #28f0998b
 def _title(spectrum):
     parts = [str(spectrum[name].item()) for name in ("object", "spectrum_id") if name in spectrum.coords]
     return " · ".join(dict.fromkeys(part for part in parts if part))
 
-# %% ../nbs/40_plots.ipynb #063771ec
+# %% ../nbs/40_plots.ipynb #d364b97c
 _LINE_TOOLS = dict(backend="bokeh", responsive=True, default_tools=["save", "reset"], tools=["xpan", "xwheel_zoom", "box_zoom"],
                   active_tools=["xpan", "xwheel_zoom"], backend_opts=DRAWING, show_grid=True, gridstyle={"grid_line_alpha": 0.35})
 
 def _curve(x, y, dims, label, color, width=1.0):
     return hv.Curve((x, y), *dims, label=label).opts(backend="bokeh", color=color, line_width=width, padding=(0, 0.06))
 
+# %% ../nbs/40_plots.ipynb #0a3d9164
 def _marks(marks, x_range, few, dims):
     "Named lines: a thin rule each, and the names along the top of what is drawn."
     x, y = (np.concatenate([part[place] for part in few.values()]) for place in (0, 1))
@@ -203,6 +208,7 @@ def _marks(marks, x_range, few, dims):
     rules = hv.VLines(shown["wavelength"].to_numpy(), kdims=["line_at"]).opts(backend="bokeh", color=PALETTE["flux"], alpha=0.6, line_width=0.8, line_dash="dotted")
     return rules, names.opts(backend="bokeh", text_font_size="8pt", text_color=PALETTE["flux"], text_align="right", text_baseline="bottom", angle=90)
 
+# %% ../nbs/40_plots.ipynb #a4e65d4a
 def _spans(spans, x_range, n_most=300):
     if x_range is not None and None not in tuple(x_range):
         spans = spans[(spans[:, 1] > x_range[0]) & (spans[:, 0] < x_range[1])]
@@ -251,7 +257,7 @@ def spectrum_view(
         panels.append(trace_panel(grid, below, "Residual [sigma]", spans, n_points, height=170, show_legend=False))
     return hv.Layout(panels).cols(1)
 
-# %% ../nbs/40_plots.ipynb #4304aaad
+# %% ../nbs/40_plots.ipynb #b93a4083
 def _still_lines(ax, wavelength, lines, spans=None, ylabel=""):
     for name, (values, color) in lines.items():
         ax.plot(*reduce_line(wavelength.values, values, n_points=1600), color=color, lw=0.8, label=name)
@@ -260,6 +266,7 @@ def _still_lines(ax, wavelength, lines, spans=None, ylabel=""):
     ax.set_ylabel(ylabel)
     ax.grid(alpha=0.25)
 
+# %% ../nbs/40_plots.ipynb #859ed1f9
 def _still_names(ax, named):
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + 0.16 * (high - low))
@@ -267,27 +274,32 @@ def _still_names(ax, named):
         ax.axvline(wavelength, color=PALETTE["flux"], lw=0.5, ls=":")
         ax.text(wavelength, 0.98, name, transform=ax.get_xaxis_transform(), rotation=90, ha="right", va="top", fontsize=6.5, color=PALETTE["flux"])
 
+# %% ../nbs/40_plots.ipynb #75b28e51
 def _legend_above(ax, title, pad=4):
     ax.set_title(title, fontsize=9, loc="left", pad=pad)
     ax.legend(frameon=False, fontsize=7, ncols=5, loc="lower right", bbox_to_anchor=(1, 0.99), borderaxespad=0, columnspacing=1, handlelength=1.4)
 
-# %% ../nbs/40_plots.ipynb #f5cda912
+# %% ../nbs/40_plots.ipynb #00b452c7
+def _stacked(two, upper):
+    "A figure of one panel, or of two over each other, and an array of its axes."
+    figure, axes = _figure(1 + two, size=(7.2, 3.6 if two else 2.6), sharex=True, **({"height_ratios": [upper, 1]} if two else {}))
+    return figure, np.atleast_1d(axes)
+
+# %% ../nbs/40_plots.ipynb #8cdb4426
 def spectrum_figure(
     spectrum:xr.Dataset,            # (wavelength,) from `one_spectrum`
     reconstruction:np.ndarray=None, # (wavelength,) in the unit of the flux
     named:pd.DataFrame=None,        # `wavelength` [Angstrom] and `name` of lines to mark, as `specnb.desk.lines_in_sight`
 )->Figure:                          # the still twin of `spectrum_view`
     "Flux, reconstruction and residual of one spectrum, for print."
-    traces, two = spectrum_traces(spectrum, reconstruction), reconstruction is not None
+    traces = spectrum_traces(spectrum, reconstruction)
     grid, spans = spectrum["wavelength"], masked_spans(spectrum["wavelength"].values, spectrum["ivar"].values)
-    figure, axes = _figure(1 + two, size=(7.2, 3.6 if two else 2.6), sharex=True, **({"height_ratios": [2.2, 1]} if two else {}))
-    axes = np.atleast_1d(axes)
+    figure, axes = _stacked(reconstruction is not None, 2.2)
     lines = {name: (traces[name].values, PALETTE[name]) for name in ("flux", "reconstruction") if name in traces}
     _still_lines(axes[0], grid, lines, spans, axis_label(spectrum["flux"], "Flux"))
     _legend_above(axes[0], traces.title)
     if named is not None: _still_names(axes[0], named)
-    if two:
-        _still_lines(axes[1], grid, {"residual": (traces["residual"].values, PALETTE["residual"])}, spans, "Residual [sigma]")
+    if "residual" in traces: _still_lines(axes[1], grid, {"residual": (traces["residual"].values, PALETTE["residual"])}, spans, "Residual [sigma]")
     axes[-1].set_xlabel(axis_label(grid, "Wavelength"))
     return figure
 
@@ -317,13 +329,14 @@ def matrix_table(
     if order not in ("strength", "cluster", "number"): raise ValueError(f"order {order!r} is not one of strength, cluster, number")
     return _sorted_nodes(table) if order == "strength" else _clustered(table) if order == "cluster" else table
 
-# %% ../nbs/40_plots.ipynb #34fdd1b6
+# %% ../nbs/40_plots.ipynb #59287f81
 def _informative(association, dimensions):
     n = association.sizes["latent"]
     if dimensions is None or "informative" not in dimensions: return np.ones(n, bool)
     known = dimensions["informative"].astype(bool).reindex(latent=association["latent"], fill_value=False).values
     return known if known.any() else np.ones(n, bool)
 
+# %% ../nbs/40_plots.ipynb #ee91e8cc
 def _pair_columns(association, source):
     suffix = "" if source == "mi" else f"_{source}"
     names = {"value": source, "low": f"{source}_low", "high": f"{source}_high", "n": "n", "n_groups": "n_groups",
@@ -333,13 +346,14 @@ def _pair_columns(association, source):
     table = xr.Dataset(columns).to_dataframe().reset_index()[["latent", "label", *names]]
     return table.assign(node=[node_name(latent) for latent in table["latent"]], label=table["label"].astype(str))
 
-# %% ../nbs/40_plots.ipynb #f2133349
+# %% ../nbs/40_plots.ipynb #1e06d781
 def node_name(
     latent:int, # number of the node
 )->str:         # such as "node 7"
     "What a node is called on axes and sliders."
     return f"node {latent}"
 
+# %% ../nbs/40_plots.ipynb #1446dc10
 def _sorted_nodes(table):
     table = table.assign(strength=table["value"].abs().fillna(-1))
     table["place"] = table["label"].map(table.groupby("label")["strength"].max().rank(ascending=False, method="first"))
@@ -349,13 +363,14 @@ def _sorted_nodes(table):
     table = table.assign(rank=table["latent"].map(order)).sort_values(["rank", "place"], ignore_index=True)
     return table.drop(columns=["place", "strength", "rank"])
 
-# %% ../nbs/40_plots.ipynb #92545f52
+# %% ../nbs/40_plots.ipynb #a5d0c87b
 def _clustered(table):
     square = table.assign(size=table["value"].abs().fillna(0)).pivot(index="node", columns="label", values="size")
     names = {axis: part.index[_leaf_order(part.to_numpy())] for axis, part in (("node", square), ("label", square.T))}
     places = {axis: {name: place for place, name in enumerate(order)} for axis, order in names.items()}
     return table.sort_values(["node", "label"], key=lambda column: column.map(places[column.name]), ignore_index=True)
 
+# %% ../nbs/40_plots.ipynb #9f719e53
 def _leaf_order(rows):
     if len(rows) < 3: return np.arange(len(rows))
     return leaves_list(linkage(pdist(rows), "average", optimal_ordering=True))
@@ -374,25 +389,29 @@ def _matrix_view(association, statistic, dimensions, alpha, height, order="stren
         clipping_colors={"NaN": _MISSING}, fontsize={"title": "10pt"}, **options)
     return heat * _cell_text(table, statistic)
 
-# %% ../nbs/40_plots.ipynb #1b3b0cea
+# %% ../nbs/40_plots.ipynb #b7ffcdb6
 def _matrix_title(association, table, alpha):
     shown, folded = table["latent"].nunique(), association.sizes["latent"] - table["latent"].nunique()
     tested = f"* q < {alpha:g}" if table["q"].notna().any() else "not tested"
     return f"{shown} nodes" + (f" ({folded} folded away)" if folded else "") + f"; {tested}"
 
+# %% ../nbs/40_plots.ipynb #68c6b789
 def _cell_words(table):
     crowded = table["label"].nunique() > 8 and table["q"].notna().any()   # then only the marked cells have words
     words = (f"{value:.2f}{mark}".replace("-0.00", "0.00") if np.isfinite(value) else "" for value, mark in zip(table["value"], table["mark"]))
     return [word if mark or not crowded else "" for word, mark in zip(words, table["mark"])]
 
+# %% ../nbs/40_plots.ipynb #e5dcfcce
 def _pale(table, statistic):
     size = np.abs(table["value"]) if statistic in ("spearman", "pearson") else 1 - table["value"] / _limits(table, statistic)[1]
     return (size < 0.55).to_numpy() | table["value"].isna().to_numpy()
 
+# %% ../nbs/40_plots.ipynb #fc92c873
 def _limits(table, statistic):
     if statistic in ("spearman", "pearson"): return -1., 1.
     return 0., 1. if statistic == "linfoot" else max(float(table["value"].max()), 0.1)
 
+# %% ../nbs/40_plots.ipynb #6d9ff711
 def _cell_text(table, statistic):
     words, pale = table.assign(words=_cell_words(table)), _pale(table, statistic)
     styles = [(pale, "#20242a"), (~pale, "#ffffff")]
@@ -425,7 +444,14 @@ def information_matrix(
     limits = _limits(matrix_table(association, statistic, dimensions, alpha), statistic)
     return _matrix_view(association, statistic, dimensions, alpha, height, order, cmap="viridis", clim=limits)
 
-# %% ../nbs/40_plots.ipynb #7e286a7f
+# %% ../nbs/40_plots.ipynb #46e62169
+def _still_cells(ax, table, statistic):
+    "Write the numbers of a matrix into its cells, row by row."
+    words, pale, n_columns = _cell_words(table), _pale(table, statistic), table["label"].nunique()
+    for i, word in enumerate(words):
+        ax.text(i % n_columns, i // n_columns, word, ha="center", va="center", fontsize=8, color="#20242a" if pale[i] else "#fefefe")
+
+# %% ../nbs/40_plots.ipynb #9c9f2d65
 def matrix_figure(
     association:xr.Dataset,     # (latent, label) from `specnb.depend.association`
     statistic:str="spearman",   # a key of `STATISTICS`
@@ -440,9 +466,7 @@ def matrix_figure(
     low, high = _limits(table, statistic)
     figure, ax = _figure(size=(max(4.8, 1.9 + 0.62 * len(labels)), max(2.6, 1.5 + 0.3 * len(nodes))))
     image = ax.imshow(table["value"].to_numpy().reshape(len(nodes), -1), aspect="auto", vmin=low, vmax=high, cmap="RdBu_r" if low < 0 else "viridis")
-    words, pale = _cell_words(table), _pale(table, statistic)
-    for i, word in enumerate(words):
-        ax.text(i % len(labels), i // len(labels), word, ha="center", va="center", fontsize=8, color="#20242a" if pale[i] else "#fefefe")
+    _still_cells(ax, table, statistic)
     ax.set_xticks(range(len(labels)), [name.replace("_", " ") for name in labels], rotation=35, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(nodes)), nodes)
     ax.set_title(_matrix_title(association, table, alpha), fontsize=9)
@@ -490,7 +514,13 @@ def scatter_table(
     table = table.rename_axis("row").reset_index()
     return table[np.isfinite(table["x"].astype(float)) & np.isfinite(table["y"].astype(float))]
 
-# %% ../nbs/40_plots.ipynb #b27b9737
+# %% ../nbs/40_plots.ipynb #99ec94fc
+def _scatter_title(n, colour, image, trend):
+    "How many spectra, what the colour means, and whether a trend is drawn."
+    tint = colour if colour is not None else "spectra per pixel" if image else None
+    return f"{n:,} spectra" + ("" if tint is None else f"; colour: {tint}") + ("; running median with 16 to 84 %" if trend else "")
+
+# %% ../nbs/40_plots.ipynb #7c30f5e6
 def latent_scatter(
     latents:xr.Dataset,   # `mean` (spectrum, latent) and coordinates along spectrum
     x:int|str,            # node or coordinate
@@ -503,20 +533,20 @@ def latent_scatter(
     "Spectra by two of their columns, coloured by a third, live."
     table = scatter_table(latents, x, y, color)
     if not len(table): return empty_view(f"No spectrum has both {x} and {y}: choose other axes.")
-    labels = {axis: axis_label(latent_column(latents, name)) if name is not None else "spectra" for axis, name in (("x", x), ("y", y), ("color", color))}
-    dims = [hv.Dimension("x", label=labels["x"]), hv.Dimension("y", label=labels["y"])]
-    cloud = (_shaded if len(table) > n_points else _points)(table, dims, color is not None)
+    dims = [hv.Dimension(axis, label=axis_label(latent_column(latents, name))) for axis, name in (("x", x), ("y", y))]
+    image, colour = len(table) > n_points, None if color is None else axis_label(latent_column(latents, color))
+    cloud = (_shaded if image else _points)(table, dims, color is not None)
     layers = [cloud] + (_trend_layers(table, dims) if trend else [])
-    shade = f"{len(table):,} spectra" + ("" if color is None and len(table) <= n_points else f"; colour: {labels['color'] if color is not None else 'spectra per pixel'}") + ("; running median with 16 to 84 %" if trend else "")
-    settings = _LINE_TOOLS | dict(height=height, tools=["pan", "wheel_zoom", "box_zoom"], active_tools=["pan", "wheel_zoom"], show_legend=False, title=shade, fontsize={"title": "10pt"})
+    settings = _LINE_TOOLS | dict(height=height, tools=["pan", "wheel_zoom", "box_zoom"], active_tools=["pan", "wheel_zoom"], show_legend=False, title=_scatter_title(len(table), colour, image, trend), fontsize={"title": "10pt"})
     return hv.Overlay(layers).collate().opts(**settings)
 
-# %% ../nbs/40_plots.ipynb #943cc2d4
+# %% ../nbs/40_plots.ipynb #d94a2cd8
 def _categories(values):
     names = pd.Series(values).astype(str)
     common = names.value_counts().index[:len(CYCLE) - 1]
     return names.where(names.isin(common), "other").replace("", "none")
 
+# %% ../nbs/40_plots.ipynb #9cb68f75
 def _points(table, dims, coloured):
     style = dict(backend="bokeh", size=5, alpha=0.75, tools=["hover", "tap"], line_alpha=0)
     if not coloured: return hv.Points(table, dims, ["id"]).opts(color=PALETTE["moved"], **style)
@@ -525,6 +555,7 @@ def _points(table, dims, coloured):
         return hv.Points(table, dims, vdims).opts(color="color", cmap="viridis", colorbar=True, clabel=" ", clipping_colors={"NaN": _MISSING}, **style)
     return hv.Points(table.assign(color=_categories(table["color"])), dims, vdims).opts(color="color", cmap=CYCLE, **style)
 
+# %% ../nbs/40_plots.ipynb #6d479250
 def _shaded(table, dims, coloured):
     from datashader.reductions import count, mean
     from holoviews.operation.datashader import dynspread, rasterize
@@ -541,7 +572,14 @@ def _trend_layers(table, dims):
     line = hv.Curve((trend["x"], trend["median"]), *dims)
     return [band.opts(backend="bokeh", color=PALETTE["reconstruction"], alpha=0.25, line_alpha=0), line.opts(backend="bokeh", color=PALETTE["reconstruction"], line_width=2)]
 
-# %% ../nbs/40_plots.ipynb #86155540
+# %% ../nbs/40_plots.ipynb #058d3058
+def _still_trend(ax, table):
+    "The running median and its band."
+    middle = running_median(table["x"].to_numpy(float), table["y"].to_numpy(float))
+    ax.fill_between(middle["x"], middle["low"], middle["high"], color=PALETTE["reconstruction"], alpha=0.25, lw=0)
+    ax.plot(middle["x"], middle["median"], color=PALETTE["reconstruction"], lw=1.8)
+
+# %% ../nbs/40_plots.ipynb #995ade75
 def scatter_figure(
     latents:xr.Dataset,  # `mean` (spectrum, latent) and coordinates along spectrum
     x:int|str,           # node or coordinate
@@ -557,10 +595,7 @@ def scatter_figure(
     tint = dict(c=table["color"], cmap="viridis", plotnonfinite=True) if numeric else dict(color=PALETTE["moved"])
     cloud = ax.scatter(table["x"], table["y"], s=8 if len(table) < 3000 else 2, lw=0, alpha=0.8, rasterized=True, **tint)
     if numeric: figure.colorbar(cloud, label=axis_label(latent_column(latents, color)))
-    if trend:
-        middle = running_median(table["x"].to_numpy(float), table["y"].to_numpy(float))
-        ax.fill_between(middle["x"], middle["low"], middle["high"], color=PALETTE["reconstruction"], alpha=0.25, lw=0)
-        ax.plot(middle["x"], middle["median"], color=PALETTE["reconstruction"], lw=1.8)
+    if trend: _still_trend(ax, table)
     ax.set(xlabel=axis_label(latent_column(latents, x)), ylabel=axis_label(latent_column(latents, y)))
     return figure
 
@@ -580,33 +615,32 @@ def traversal_view(
         panels.append(trace_panel(traversal["wavelength"], below, axis_label(response, "Response"), height=170, show_legend=False))
     return hv.Layout(panels).cols(1)
 
-# %% ../nbs/40_plots.ipynb #4b5107ea
+# %% ../nbs/40_plots.ipynb #1eb39e5c
 def _ramp(values):
     place = np.linspace(0, 1, len(values))
     return [to_hex(colormaps["coolwarm"](where)) for where in place]
 
+# %% ../nbs/40_plots.ipynb #a957dc6b
 def _traversal_title(traversal):
     node = traversal.attrs.get("node")
     low, high = float(traversal["value"].min()), float(traversal["value"].max())
     return ("" if node is None else f"{node_name(int(node))}, ") + f"from {low:+.2f} to {high:+.2f}"
 
-# %% ../nbs/40_plots.ipynb #53a043fe
+# %% ../nbs/40_plots.ipynb #d81289af
 def traversal_figure(
     traversal:xr.DataArray,     # (value, wavelength) from `specnb.traverse.traverse`
     response:xr.DataArray=None, # (wavelength,) from `specnb.traverse.response`
 )->Figure:                      # the still twin of `traversal_view`
     "The decoded spectrum as one node moves, and its response, for print."
-    two = response is not None
-    figure, axes = _figure(1 + two, size=(7.2, 3.6 if two else 2.6), sharex=True, **({"height_ratios": [2, 1]} if two else {}))
-    axes = np.atleast_1d(axes)
+    figure, axes = _stacked(response is not None, 2)
     lines = {f"{value:+.2f}": (row.values, color) for value, row, color in zip(traversal["value"].values, traversal, _ramp(traversal["value"].values))}
     _still_lines(axes[0], traversal["wavelength"], lines, ylabel=axis_label(traversal, "Decoded flux"))
     _legend_above(axes[0], _traversal_title(traversal))
-    if two: _still_lines(axes[1], traversal["wavelength"], {"response": (response.values, PALETTE["accent"])}, ylabel=axis_label(response, "Response").replace(" [", "\n["))
+    if response is not None: _still_lines(axes[1], traversal["wavelength"], {"response": (response.values, PALETTE["accent"])}, ylabel=axis_label(response, "Response").replace(" [", "\n["))
     axes[-1].set_xlabel(axis_label(traversal["wavelength"], "Wavelength"))
     return figure
 
-# %% ../nbs/40_plots.ipynb #03b5d4d5
+# %% ../nbs/40_plots.ipynb #510f695d
 def neighbour_traces(
     spectra:xr.Dataset,      # (spectrum, wavelength) `flux`, `ivar`
     query:int|str,           # position or id of the query
@@ -621,6 +655,7 @@ def neighbour_traces(
     differences = {name: (values - asked, color) for name, (values, color) in others.items()}
     return others | {"query": (asked, PALETTE["flux"])}, differences
 
+# %% ../nbs/40_plots.ipynb #c2e06a3b
 def _in_medians(spectrum):
     flux = np.where(spectrum["ivar"].values > 0, spectrum["flux"].values, np.nan)
     middle = np.nanmedian(flux) if np.isfinite(flux).any() else 1.
@@ -671,7 +706,7 @@ def history_terms(
     nodes = [name for name in table if str(name).rpartition("_")[2].isdigit()]
     return table.drop(columns=nodes + [name for name in table if name in _SCHEDULES]), table[nodes]
 
-# %% ../nbs/40_plots.ipynb #e106bfc7
+# %% ../nbs/40_plots.ipynb #ac4ad12d
 def history_view(
     history:pd.DataFrame, # one row an epoch: `epoch` and numeric columns
     height:int=320,       # [pixel]
@@ -683,6 +718,7 @@ def history_view(
     if nodes.shape[1]: panels.append(_history_panel(nodes, "KL of a node [nat]", height, logy=False))
     return hv.Layout(panels).cols(len(panels)).opts(backend="bokeh", shared_axes=False, toolbar="right")
 
+# %% ../nbs/40_plots.ipynb #c7c771c8
 def _history_panel(table, ylabel, height, logy):
     positive = table.where(table > 0) if logy else table
     curves = [hv.Curve((table.index, positive[name]), hv.Dimension("epoch", label="Epoch"), ylabel, label=str(name)).opts(
@@ -706,7 +742,7 @@ def history_figure(
         ax.legend(frameon=False, fontsize=7, ncols=2 if part.shape[1] > 6 else 1)
     return figure
 
-# %% ../nbs/40_plots.ipynb #2b7e4267
+# %% ../nbs/40_plots.ipynb #bbec8d70
 CRITERIA = {
     "kl": "KL to the prior [nat]", "rate": "Rate of a normal channel [nat]", "mad": "Median absolute deviation",
     "active_units": "Variance of the mean", "signal_fraction": "Signal fraction of the variance", "confidence": "Share of bootstrap replicates",
@@ -714,6 +750,7 @@ CRITERIA = {
 
 def _first_criterion(dimensions): return next((name for name in CRITERIA if name in dimensions), "kl")
 
+# %% ../nbs/40_plots.ipynb #a3f2a7b3
 def dimension_table(
     dimensions:xr.Dataset, # (latent,) criteria and `informative`
     criterion:str=None,    # the variable that makes the bars; `None` is the first of `CRITERIA` that is there
@@ -727,7 +764,7 @@ def dimension_table(
     table.insert(0, "node", [node_name(latent) for latent in dimensions["latent"].values])
     return table.sort_values("value", ascending=False, ignore_index=True)
 
-# %% ../nbs/40_plots.ipynb #31161e92
+# %% ../nbs/40_plots.ipynb #88a9b339
 def dimensions_view(
     dimensions:xr.Dataset, # (latent,) criteria and `informative`
     criterion:str=None,    # the variable that makes the bars; `None` is the first of `CRITERIA` that is there
@@ -741,6 +778,7 @@ def dimensions_view(
     return bars.opts(backend="bokeh", color="verdict", cmap={"informative": PALETTE["moved"], "not informative": _MISSING}, tools=["hover"], responsive=True,
                      height=height, xrotation=60, xlabel="", title=_dimension_title(table), fontsize={"title": "10pt"}, toolbar=None, line_alpha=0, show_legend=False)
 
+# %% ../nbs/40_plots.ipynb #62c1f55f
 def _dimension_title(table):
     return f"{int(table['informative'].sum())} of {len(table)} nodes informative (coloured)"
 
