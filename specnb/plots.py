@@ -520,7 +520,7 @@ def _scatter_title(n, colour, image, trend):
     tint = colour if colour is not None else "spectra per pixel" if image else None
     return f"{n:,} spectra" + ("" if tint is None else f"; colour: {tint}") + ("; running median with 16 to 84 %" if trend else "")
 
-# %% ../nbs/40_plots.ipynb #7c30f5e6
+# %% ../nbs/40_plots.ipynb #88989fd5
 def latent_scatter(
     latents:xr.Dataset,   # `mean` (spectrum, latent) and coordinates along spectrum
     x:int|str,            # node or coordinate
@@ -534,7 +534,8 @@ def latent_scatter(
     table = scatter_table(latents, x, y, color)
     if not len(table): return empty_view(f"No spectrum has both {x} and {y}: choose other axes.")
     dims = [hv.Dimension(axis, label=axis_label(latent_column(latents, name))) for axis, name in (("x", x), ("y", y))]
-    image, colour = len(table) > n_points, None if color is None else axis_label(latent_column(latents, color))
+    image = len(table) > n_points
+    colour = axis_label(latent_column(latents, color)) if color is not None and (not image or pd.api.types.is_numeric_dtype(table["color"])) else None
     cloud = (_shaded if image else _points)(table, dims, color is not None)
     layers = [cloud] + (_trend_layers(table, dims) if trend else [])
     settings = _LINE_TOOLS | dict(height=height, tools=["pan", "wheel_zoom", "box_zoom"], active_tools=["pan", "wheel_zoom"], show_legend=False, title=_scatter_title(len(table), colour, image, trend), fontsize={"title": "10pt"})

@@ -150,6 +150,8 @@ def test_many_points_become_an_image_of_the_mean(toy):
     assert isinstance(image, hv.Image)
     values = image.dimension_values(2)
     assert np.isfinite(values).any() and np.nanmax(values) <= toy[1]["radial_velocity"].values.max() + 1e-6
+    assert "colour: radial velocity [km/s]" in drawn(plots.latent_scatter(crowd, 0, 1, "radial_velocity")).title.text
+    assert "colour: spectra per pixel" in drawn(plots.latent_scatter(crowd, 0, 1, "object")).title.text   # names have no mean
 
 
 def test_spectra_with_nan_latents_or_labels_are_left_out(toy):
