@@ -46,19 +46,25 @@ class NetConfig:
     decoder_widths:tuple = (256, 128) # dense layers of the decoder
     logvar_bias:float = -3. # log variance of every node before training
 
-# %% ../nbs/21_nets.ipynb #ffb81c6f
+# %% ../nbs/21_nets.ipynb #9f22cbfc
 _CHOICES = dict(family=("vae", "paper", "doppler"), frontend=("lines", "flux"), decoder=("lowrank", "conv"))
+_SMALLEST = dict(n_pixels=64, n_latent=1, hidden=1, axes_hidden=0)
 
+def _check_fields(config):
+    "Refuse words and counts that are wrong by themselves."
+    for field, allowed in _CHOICES.items():
+        if getattr(config, field) not in allowed:
+            raise ValueError(f"{field}={getattr(config, field)!r} is not known: use one of {allowed}")
+    for field, smallest in _SMALLEST.items():
+        value = getattr(config, field)
+        if not isinstance(value, int) or value < smallest: raise ValueError(f"{field}={value!r}: use an integer >= {smallest}")
+
+# %% ../nbs/21_nets.ipynb #79470fdb
 def check_config(
     config:NetConfig, # settings to look at
 )->NetConfig: # the same, if nothing is wrong with it
     "Refuse settings that cannot be built; raises ValueError that names field and mend."
-    for field, allowed in _CHOICES.items():
-        if getattr(config, field) not in allowed:
-            raise ValueError(f"{field}={getattr(config, field)!r} is not known: use one of {allowed}")
-    for field, smallest in dict(n_pixels=64, n_latent=1, hidden=1, axes_hidden=0).items():
-        value = getattr(config, field)
-        if not isinstance(value, int) or value < smallest: raise ValueError(f"{field}={value!r}: use an integer >= {smallest}")
+    _check_fields(config)
     if not len(config.channels) == len(config.kernels) == len(config.strides) > 0:
         raise ValueError("channels, kernels and strides must have one entry for each layer of the encoder")
     if config.family == "doppler" and (config.n_latent < 3 or config.frontend != "lines"): raise ValueError("family 'doppler' needs n_latent >= 3 and frontend 'lines'")
@@ -69,13 +75,14 @@ def check_config(
         raise ValueError(f"lowpass={config.lowpass!r}: use a width between 0 and n_pixels")
     return config
 
-# %% ../nbs/21_nets.ipynb #0f534715
+# %% ../nbs/21_nets.ipynb #fd16039f
 @patch
 def to_json(self:NetConfig
 )->str: # JSON object with one entry a field
     "Settings as JSON."
     return json.dumps(asdict(self))
 
+# %% ../nbs/21_nets.ipynb #0dc4eb84
 @patch(cls_method=True)
 def from_json(cls:NetConfig,
     text:str, # what `to_json` wrote
@@ -87,7 +94,7 @@ def from_json(cls:NetConfig,
                          "it was written by another version of specnb")
     return check_config(NetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
 
-# %% ../nbs/21_nets.ipynb #056fb9c3
+# %% ../nbs/21_nets.ipynb #1f3f8507
 class FluxFrontEnd(nn.Module):
     "Flux as it is, in one channel, zero where there is no measurement."
     n_channels, fitted = 1, True
@@ -99,13 +106,24 @@ class FluxFrontEnd(nn.Module):
         valid = torch.isfinite(flux) if ivar is None else (ivar > 0) & torch.isfinite(flux)
         return torch.where(valid, flux, 0.)[:, None], valid.to(flux.dtype)[:, None]
 
-    def emphasise(self, channels): return channels # errors are counted in the flux itself
-    def inverse(self,
-        channels:torch.Tensor, # (batch, 1, pixel) what the decoder made
-    )->torch.Tensor: # (batch, pixel) flux [median flux]
-        return channels[:, 0]
+# %% ../nbs/21_nets.ipynb #b3ad30ca
+@patch
+def emphasise(self:FluxFrontEnd, channels): return channels # errors are counted in the flux itself
 
-# %% ../nbs/21_nets.ipynb #e3982652
+@patch
+def inverse(self:FluxFrontEnd,
+    channels:torch.Tensor, # (batch, 1, pixel) what the decoder made
+)->torch.Tensor: # (batch, pixel) flux [median flux]
+    return channels[:, 0]
+
+# %% ../nbs/21_nets.ipynb #628c6f15
+def _low_pass(n_pixels, width, **kwargs):
+    "Length of the padded transform, and what a Gaussian of a width [pixel] lets through of each frequency."
+    n_fft = 2 ** math.ceil(math.log2(n_pixels + 4 * width))
+    frequency = torch.fft.rfftfreq(n_fft, **kwargs)
+    return n_fft, torch.exp(-2 * (math.pi * width * frequency)**2)
+
+# %% ../nbs/21_nets.ipynb #28dc57ad
 class LineFrontEnd(nn.Module):
     "Two channels: lines relative to a smooth continuum, and the logarithm of that continuum."
     n_channels = 2
@@ -120,9 +138,8 @@ class LineFrontEnd(nn.Module):
         super().__init__()
         self.n_pixels, self.floor, self.whitening = n_pixels, floor, whitening
         self.register_buffer("channel_weight", torch.tensor([[1.], [continuum_weight]]), persistent=False)
-        self.n_fft = 2 ** math.ceil(math.log2(n_pixels + 4 * lowpass))
-        frequency = torch.fft.rfftfreq(self.n_fft, dtype=torch.float64)
-        self.register_buffer("response", torch.exp(-2 * (math.pi * lowpass * frequency)**2).float(), persistent=False)
+        self.n_fft, response = _low_pass(n_pixels, lowpass, dtype=torch.float64)
+        self.register_buffer("response", response.float(), persistent=False)
         self.register_buffer("centre", torch.zeros(2, n_pixels)) # mean channel of the training set
         self.register_buffer("scale", torch.ones(2)) # one standard deviation a channel
         self.register_buffer("coverage", torch.ones(n_pixels)) # 0 where no training spectrum has a measurement
@@ -130,8 +147,9 @@ class LineFrontEnd(nn.Module):
         self.register_buffer("gain", torch.ones(len(self.components))) # factor on each of them
         self.register_buffer("is_fitted", torch.zeros((), dtype=torch.bool))
 
-    @property
-    def fitted(self)->bool: return bool(self.is_fitted)
+# %% ../nbs/21_nets.ipynb #370026e2
+@patch(as_prop=True)
+def fitted(self:LineFrontEnd)->bool: return bool(self.is_fitted)
 
 # %% ../nbs/21_nets.ipynb #2fe0ef48
 @patch
@@ -146,15 +164,7 @@ def smooth(self:LineFrontEnd,
     near = both[1] > 1e-3
     return torch.where(near, both[0] / both[1].clamp_min(1e-3), 1.)
 
-# %% ../nbs/21_nets.ipynb #0b4f425e
-@patch
-def emphasise(self:LineFrontEnd,
-    channels:torch.Tensor, # (batch, 2, pixel) centred and scaled
-)->torch.Tensor: # (batch, 2, pixel) the same with the principal components of the continuum scaled
-    "Strengthen weak principal components of the continuum; errors are counted after it."
-    lines, continuum = channels.unbind(1)
-    return torch.stack((lines, continuum + (continuum @ self.components.T*(self.gain - 1)) @ self.components), 1)
-
+# %% ../nbs/21_nets.ipynb #7b2350b7
 @patch
 def raw_channels(self:LineFrontEnd,
     flux:torch.Tensor, # (batch, pixel) flux [median flux]
@@ -169,7 +179,16 @@ def raw_channels(self:LineFrontEnd,
     level = (shape * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)
     return torch.stack((lines, shape - level), 1), valid
 
-# %% ../nbs/21_nets.ipynb #b8e8e410
+# %% ../nbs/21_nets.ipynb #4914f54b
+@patch
+def emphasise(self:LineFrontEnd,
+    channels:torch.Tensor, # (batch, 2, pixel) centred and scaled
+)->torch.Tensor: # (batch, 2, pixel) the same with the principal components of the continuum scaled
+    "Strengthen weak principal components of the continuum; errors are counted after it."
+    lines, continuum = channels.unbind(1)
+    return torch.stack((lines, continuum + (continuum @ self.components.T*(self.gain - 1)) @ self.components), 1)
+
+# %% ../nbs/21_nets.ipynb #bc98d109
 _FAR = 30. # channels end here [standard deviations of the training set]
 
 @patch
@@ -183,6 +202,7 @@ def forward(self:LineFrontEnd,
         weight = valid[:, None].expand_as(raw).to(raw.dtype)
         return ((raw - self.centre) / self.scale[:, None]).clamp(-_FAR, _FAR) * weight, weight * self.channel_weight
 
+# %% ../nbs/21_nets.ipynb #2b043979
 @patch
 def inverse(self:LineFrontEnd,
     channels:torch.Tensor, # (batch, 2, pixel) what the decoder made
@@ -193,14 +213,10 @@ def inverse(self:LineFrontEnd,
     median = flux[:, self.coverage > 0].median(1, keepdim=True).values
     return flux / median.clamp_min(1e-3) * self.coverage
 
-# %% ../nbs/21_nets.ipynb #7620b968
+# %% ../nbs/21_nets.ipynb #25ed9562
 @patch
-@torch.no_grad()
-def fit(self:LineFrontEnd,
-    batches, # iterable of (flux, ivar, ...), each (batch, pixel)
-    n_rows:int=4096, # stop after this many spectra
-)->LineFrontEnd: # itself
-    "Centre and scale from training spectra; raises ValueError where they hold no measurement."
+def _sums(self:LineFrontEnd, batches, n_rows):
+    "How many values each channel and pixel has in the training spectra, their sum, and that of their squares."
     count, total, square, rows = 0., 0., 0., 0
     for flux, ivar, *_ in batches:
         raw, valid = self.raw_channels(flux.to(self.centre.device), ivar.to(self.centre.device))
@@ -209,6 +225,17 @@ def fit(self:LineFrontEnd,
         rows += len(flux)
         if rows >= n_rows: break
     if rows == 0 or count.max() == 0: raise ValueError("no valid pixel in the training spectra: the front end cannot be fitted")
+    return count, total, square
+
+# %% ../nbs/21_nets.ipynb #0bfb10a5
+@patch
+@torch.no_grad()
+def fit(self:LineFrontEnd,
+    batches, # iterable of (flux, ivar, ...), each (batch, pixel)
+    n_rows:int=4096, # stop after this many spectra
+)->LineFrontEnd: # itself
+    "Centre and scale from training spectra; raises ValueError where they hold no measurement."
+    count, total, square = self._sums(batches, n_rows)
     centre = total / count.clamp_min(1)
     spread = (square - count*centre.square()).sum(1) / count.sum()
     self.centre.copy_(centre); self.scale.copy_(spread.clamp_min(1e-8).sqrt()); self.coverage.copy_(count[0] > 0)
@@ -216,7 +243,7 @@ def fit(self:LineFrontEnd,
     self.is_fitted.fill_(True)
     return self
 
-# %% ../nbs/21_nets.ipynb #2a2e1417
+# %% ../nbs/21_nets.ipynb #2af6da74
 @patch
 def continua(self:LineFrontEnd, batches, n_rows, more_noise=False):
     "Centred and scaled continua of training spectra, not yet emphasised, (row, pixel) in double precision; with their noise doubled on request."
@@ -228,6 +255,7 @@ def continua(self:LineFrontEnd, batches, n_rows, more_noise=False):
         if sum(map(len, rows)) >= n_rows: break
     return torch.cat(rows)[:n_rows].double()
 
+# %% ../nbs/21_nets.ipynb #9a197d80
 @patch
 def _fit_components(self:LineFrontEnd, batches):
     "Principal components of the continuum and their gains."
@@ -242,14 +270,10 @@ def _fit_components(self:LineFrontEnd, batches):
     weight = values**-self.whitening
     self.gain[:n] = (weight*values.sum()/(weight*values).sum()).sqrt().float()
 
-# %% ../nbs/21_nets.ipynb #9abd7865
+# %% ../nbs/21_nets.ipynb #b1a4e358
 class SpectrumNetwork(nn.Module):
     "A front end, an encoder to normal distributions, and a decoder."
     n_built_in = 0 # the first nodes that are not learned but built in; no objective touches them
-
-    @property
-    def has_axes(self)->bool: return hasattr(self, "axes") and self.config.axes_hidden > 0 # that can be made independent after training
-
     def __init__(self,
         config:NetConfig, # settings
     ):
@@ -258,21 +282,35 @@ class SpectrumNetwork(nn.Module):
         lowpass = config.n_pixels / 128 if config.lowpass is None else config.lowpass
         self.frontend = LineFrontEnd(config.n_pixels, lowpass, config.floor, config.continuum_weight, config.continuum_whitening) if config.frontend == "lines" else FluxFrontEnd()
 
-    def encode_channels(self, channels): raise NotImplementedError
-    def decode_channels(self, z): raise NotImplementedError
-    def fit_frontend(self, batches): # numbers that are measured on training spectra, not learned
-        if not self.frontend.fitted: self.frontend.fit(batches)
-        return self
-    def _autocast(self, x): return torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+# %% ../nbs/21_nets.ipynb #253c6352
+@patch
+def encode_channels(self:SpectrumNetwork, channels): raise NotImplementedError
 
-    def _rows(self, values):
-        if values is None: return None
-        if values.ndim == 3 and values.shape[1] == 1: values = values[:, 0]
-        if values.ndim != 2 or values.shape[1] != self.config.n_pixels:
-            raise ValueError(f"this network takes (batch, {self.config.n_pixels}) or (batch, 1, {self.config.n_pixels}), not {tuple(values.shape)}")
-        return values
+@patch
+def decode_channels(self:SpectrumNetwork, z): raise NotImplementedError
 
-# %% ../nbs/21_nets.ipynb #7a879101
+@patch
+def fit_frontend(self:SpectrumNetwork, batches): # numbers that are measured on training spectra, not learned
+    if not self.frontend.fitted: self.frontend.fit(batches)
+    return self
+
+# %% ../nbs/21_nets.ipynb #ed760442
+@patch(as_prop=True)
+def has_axes(self:SpectrumNetwork)->bool: return hasattr(self, "axes") and self.config.axes_hidden > 0 # that can be made independent after training
+
+@patch
+def _autocast(self:SpectrumNetwork, x): return torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+# %% ../nbs/21_nets.ipynb #f67ac0e0
+@patch
+def _rows(self:SpectrumNetwork, values):
+    if values is None: return None
+    if values.ndim == 3 and values.shape[1] == 1: values = values[:, 0]
+    if values.ndim != 2 or values.shape[1] != self.config.n_pixels:
+        raise ValueError(f"this network takes (batch, {self.config.n_pixels}) or (batch, 1, {self.config.n_pixels}), not {tuple(values.shape)}")
+    return values
+
+# %% ../nbs/21_nets.ipynb #e1ac7f17
 _WIDEST = 3. # log variances end here: a posterior that is wider than the prior says nothing
 
 @patch
@@ -281,6 +319,7 @@ def _posterior(self:SpectrumNetwork, channels):
     with self._autocast(channels): mean, logvar = self.encode_channels(channels)
     return mean.float(), logvar.float().clamp(max=_WIDEST)
 
+# %% ../nbs/21_nets.ipynb #5a6b31aa
 @patch
 def encode(self:SpectrumNetwork,
     flux:torch.Tensor, # (batch, pixel) or (batch, 1, pixel) flux [median flux]
@@ -290,6 +329,7 @@ def encode(self:SpectrumNetwork,
     channels, _ = self.frontend(self._rows(flux), self._rows(ivar))
     return self._posterior(channels)
 
+# %% ../nbs/21_nets.ipynb #434a2141
 @patch
 def decode(self:SpectrumNetwork,
     z:torch.Tensor, # (batch, latent) codes
@@ -318,8 +358,8 @@ def forward(self:SpectrumNetwork,
     counted = self.frontend.emphasise(torch.where(weight > 0, channels, target))
     return self.frontend.inverse(channels), mean, logvar, z, counted, self.frontend.emphasise(target), weight
 
-# %% ../nbs/21_nets.ipynb #f142459c
-_PRECISIONS, _WAYS, _LONG = ("float32", "bfloat16"), ("auto", "stack", "plain"), 65_536 # a stack pays from this length on [pixel]
+# %% ../nbs/21_nets.ipynb #818ac6c7
+_PRECISIONS, _WAYS = ("float32", "bfloat16"), ("auto", "stack", "plain")
 
 @patch
 def set_compute(self:SpectrumNetwork,
@@ -334,7 +374,8 @@ def set_compute(self:SpectrumNetwork,
     self.precision, self.convolutions, self.checkpoint_rows = precision, convolutions, checkpoint_rows
     return self
 
-# %% ../nbs/21_nets.ipynb #5dee3206
+# %% ../nbs/21_nets.ipynb #b61571aa
+_LONG = 65_536 # from this length on a stack pays, and memory is tuned for long rows [pixel]
 @patch
 def compute_settings(self:SpectrumNetwork,
     device="cpu", # where it runs
@@ -385,7 +426,7 @@ def _tower(self:PaperNetwork, x, names):
     if chosen["convolutions"] == "plain": return nn.Sequential(*blocks)(x)
     return stack(x, [block[0] for block in blocks], dtype=getattr(torch, self.precision), rows=self.checkpoint_rows)
 
-# %% ../nbs/21_nets.ipynb #f8f7986e
+# %% ../nbs/21_nets.ipynb #d890edda
 @patch
 def encode_channels(self:PaperNetwork,
     channels:torch.Tensor, # (batch, channel, pixel)
@@ -395,6 +436,7 @@ def encode_channels(self:PaperNetwork,
     x = self._tower(x, [f"conv{i}" for i in range(1, self.n_stages + 1)]).flatten(1)
     return self.fc11(x), self.fc12(x)
 
+# %% ../nbs/21_nets.ipynb #7a4e4e4e
 @patch
 def decode_channels(self:PaperNetwork,
     z:torch.Tensor, # (batch, latent)
@@ -416,27 +458,31 @@ def n_parameters(
     "Count of trainable parameters."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../nbs/21_nets.ipynb #b6da678c
+# %% ../nbs/21_nets.ipynb #e987f3f6
+def _misfits(own, state_dict):
+    "What keeps tensors by name from being the weights of a network, as sentences."
+    problems = [f"missing {name}" for name in own if name not in state_dict]
+    problems += [f"unexpected {name}" for name in state_dict if name not in own]
+    for name in own.keys() & state_dict.keys():
+        value = state_dict[name]
+        if not isinstance(value, torch.Tensor): problems.append(f"{name} is a {type(value).__name__}, not a tensor")
+        elif value.shape != own[name].shape: problems.append(f"{name} has shape {tuple(value.shape)}, not {tuple(own[name].shape)}")
+    return sorted(problems)
+
+# %% ../nbs/21_nets.ipynb #3eb391ed
 def load_reference_state(
     model:PaperNetwork, # network to fill, in place
     state_dict:dict, # name -> tensor, or a checkpoint that holds this under "state_dict"
 )->PaperNetwork: # the same network
     "Load released weights by name, strictly; raises ValueError naming every missing, unknown or misshapen tensor."
     state_dict = state_dict.get("state_dict", state_dict)
-    own, problems = model.state_dict(), []
-    problems += [f"missing {name}" for name in own if name not in state_dict]
-    problems += [f"unexpected {name}" for name in state_dict if name not in own]
-    for name in own.keys() & state_dict.keys():
-        value = state_dict[name]
-        if not isinstance(value, torch.Tensor): problems.append(f"{name} is a {type(value).__name__}, not a tensor")
-        elif value.shape != own[name].shape: problems.append(f"{name} has shape {tuple(value.shape)}, not {tuple(own[name].shape)}")
-    if problems:
+    if problems := _misfits(model.state_dict(), state_dict):
         raise ValueError(f"these weights do not fit the network of {model.config.n_pixels} pixels and {model.config.n_latent} nodes: "
-                         + "; ".join(sorted(problems)))
+                         + "; ".join(problems))
     model.load_state_dict(state_dict)
     return model
 
-# %% ../nbs/21_nets.ipynb #f916ffc5
+# %% ../nbs/21_nets.ipynb #a273641b
 class ConvEncoder(nn.Module):
     "Strided convolutions, a dense layer, and one head each for mean and log variance."
     def __init__(self,
@@ -452,13 +498,15 @@ class ConvEncoder(nn.Module):
         self.mean, self.logvar = (nn.Linear(config.hidden, config.n_latent) for _ in range(2))
         nn.init.constant_(self.logvar.bias, config.logvar_bias)
 
-    def forward(self,
-        channels:torch.Tensor, # (batch, channel, pixel)
-    )->tuple[torch.Tensor, torch.Tensor]: # mean and log variance, each (batch, latent)
-        hidden = self.layers(channels)
-        return self.mean(hidden), self.logvar(hidden)
+# %% ../nbs/21_nets.ipynb #0d212514
+@patch
+def forward(self:ConvEncoder,
+    channels:torch.Tensor, # (batch, channel, pixel)
+)->tuple[torch.Tensor, torch.Tensor]: # mean and log variance, each (batch, latent)
+    hidden = self.layers(channels)
+    return self.mean(hidden), self.logvar(hidden)
 
-# %% ../nbs/21_nets.ipynb #55251d35
+# %% ../nbs/21_nets.ipynb #8fe602c5
 def lowrank_decoder(
     config:NetConfig, # settings
     n_channels:int, # channels of the front end
@@ -468,6 +516,7 @@ def lowrank_decoder(
     for inward, outward in zip(widths, widths[1:]): layers += [nn.Linear(inward, outward), nn.GELU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], n_channels*config.n_pixels), nn.Unflatten(1, (n_channels, config.n_pixels)))
 
+# %% ../nbs/21_nets.ipynb #fe2f3bd4
 class ConvDecoder(nn.Module):
     "Dense layers, then the encoder's strides backwards by transposed convolutions."
     def __init__(self,
@@ -483,9 +532,19 @@ class ConvDecoder(nn.Module):
             inward = outward
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, z): return self.layers(z)[..., :self.n_pixels]
+# %% ../nbs/21_nets.ipynb #85e3879f
+@patch
+def forward(self:ConvDecoder, z): return self.layers(z)[..., :self.n_pixels]
 
-# %% ../nbs/21_nets.ipynb #567bc07a
+# %% ../nbs/21_nets.ipynb #30e7a5dd
+def _turn(scores, rotation):
+    "One step of the fixed-point iteration: a rotation closer to independent axes."
+    contrast = torch.tanh(scores @ rotation.T)
+    step = contrast.T @ scores / len(scores) - (1 - contrast.square()).mean(0)[:, None] * rotation
+    u, _, v = torch.linalg.svd(step)
+    return u @ v
+
+# %% ../nbs/21_nets.ipynb #e4127a8b
 def independent_axes(
     scores:torch.Tensor, # (row, component) centred, decorrelated, with unit variance
     n_iterations:int=300, # at most
@@ -493,16 +552,13 @@ def independent_axes(
     "Rotation of whitened scores to independent ones, by symmetric fixed-point iteration [Hyvarinen & Oja 2000]."
     rotation = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
     for _ in range(n_iterations):
-        contrast = torch.tanh(scores @ rotation.T)
-        step = contrast.T @ scores / len(scores) - (1 - contrast.square()).mean(0)[:, None] * rotation
-        u, _, v = torch.linalg.svd(step)
-        turned = u @ v
+        turned = _turn(scores, rotation)
         converged = ((turned * rotation).sum(1).abs() - 1).abs().max() < 1e-9
         rotation = turned
         if converged: break
     return rotation
 
-# %% ../nbs/21_nets.ipynb #45c06be9
+# %% ../nbs/21_nets.ipynb #20ec5062
 class SpectrumVAE(SpectrumNetwork):
     "A convolutional encoder with either decoder; its first nodes start as independent components of the continuum."
     def __init__(self,
@@ -516,26 +572,29 @@ class SpectrumVAE(SpectrumNetwork):
         for name in ("mixing", "unmixing"): self.register_buffer(name, torch.zeros(self.n_start, config.n_pixels))
         self.axes = IndependentAxes(config.n_latent, config.axes_hidden)
 
-    def encode_channels(self, channels):
-        mean, logvar = self.encoder(channels)
-        if self.n_start: mean = torch.cat((mean[:, :self.n_start] + channels[:, 1] @ self.unmixing.T, mean[:, self.n_start:]), 1)
-        return self.axes(mean), self.axes.log_variance(mean, logvar)
+# %% ../nbs/21_nets.ipynb #1f7e003d
+@patch
+def encode_channels(self:SpectrumVAE, channels):
+    mean, logvar = self.encoder(channels)
+    if self.n_start: mean = torch.cat((mean[:, :self.n_start] + channels[:, 1] @ self.unmixing.T, mean[:, self.n_start:]), 1)
+    return self.axes(mean), self.axes.log_variance(mean, logvar)
 
-    def decode_channels(self, z):
-        z = self.axes.inverse(z)
-        channels = self.decoder(z)
-        if self.n_start == 0: return channels
-        return torch.stack((channels[:, 0], channels[:, 1] + z[:, :self.n_start] @ self.mixing), 1)
+# %% ../nbs/21_nets.ipynb #e11e1f08
+@patch
+def decode_channels(self:SpectrumVAE, z):
+    z = self.axes.inverse(z)
+    channels = self.decoder(z)
+    if self.n_start == 0: return channels
+    return torch.stack((channels[:, 0], channels[:, 1] + z[:, :self.n_start] @ self.mixing), 1)
 
-# %% ../nbs/21_nets.ipynb #a85a0c59
+# %% ../nbs/21_nets.ipynb #f774f914
 def _gaussian(values, width):
     "Gaussian smoothing of rows, zero-padded."
     n_pixels = values.shape[-1]
-    n_fft = 2 ** math.ceil(math.log2(n_pixels + 4 * width))
-    frequency = torch.fft.rfftfreq(n_fft, dtype=values.dtype, device=values.device)
-    response = torch.exp(-2 * (math.pi * width * frequency)**2)
+    n_fft, response = _low_pass(n_pixels, width, dtype=values.dtype, device=values.device)
     return torch.fft.irfft(torch.fft.rfft(values, n_fft) * response, n_fft)[..., :n_pixels]
 
+# %% ../nbs/21_nets.ipynb #04c449ef
 def whitened_components(
     rows:torch.Tensor, # (row, pixel) centred rows
     n_components:int, # how many
@@ -563,9 +622,20 @@ def continuum_components(
     order = mixing.square().sum(1).argsort(descending=True)
     return (mixing*sign)[order], (unmixing*sign)[order]
 
-# %% ../nbs/21_nets.ipynb #eec893b6
+# %% ../nbs/21_nets.ipynb #b4bc0b2e
 START_ROWS = 1000 # fewer training spectra start without components of the continuum
 
+@patch
+def _start(self:SpectrumVAE, batches):
+    "Mixing and unmixing of the continuum to start with; None where there is nothing to trust."
+    n_rows = max(min(2048, 64_000_000//self.config.n_pixels), 4*self.n_start)
+    rows = self.frontend.continua(batches, n_rows)
+    if len(rows) < START_ROWS: return None
+    mixing, unmixing = continuum_components(rows, self.n_start, self.config.n_pixels/16)
+    by_noise = (self.frontend.continua(batches, n_rows, more_noise=True) - rows) @ unmixing.T
+    return None if (by_noise.var(0) > 0.5*(rows @ unmixing.T).var(0)).any() else (mixing, unmixing)
+
+# %% ../nbs/21_nets.ipynb #3cf9cd9a
 @patch
 @torch.no_grad()
 def fit_frontend(self:SpectrumVAE,
@@ -574,21 +644,16 @@ def fit_frontend(self:SpectrumVAE,
     "Fit the front end, then the components of the continuum, unless it has been done."
     if self.frontend.fitted: return self
     self.frontend.fit(batches)
-    if self.n_start == 0: return self
-    n_rows = max(min(2048, 64_000_000//self.config.n_pixels), 4*self.n_start)
-    rows = self.frontend.continua(batches, n_rows)
-    if len(rows) < START_ROWS: return self
-    mixing, unmixing = continuum_components(rows, self.n_start, self.config.n_pixels/16)
-    by_noise = (self.frontend.continua(batches, n_rows, more_noise=True) - rows) @ unmixing.T
-    if (by_noise.var(0) > 0.5*(rows @ unmixing.T).var(0)).any(): return self
-    self.mixing.copy_(mixing); self.unmixing.copy_(unmixing)
+    if self.n_start == 0 or (start := self._start(batches)) is None: return self
+    self.mixing.copy_(start[0]); self.unmixing.copy_(start[1])
     self.encoder.mean.weight[:self.n_start], self.encoder.mean.bias[:self.n_start] = 0., 0.
     return self
 
-# %% ../nbs/21_nets.ipynb #885f044b
+# %% ../nbs/21_nets.ipynb #3f221231
 def _dense(inward, hidden, outward):
     return nn.Sequential(nn.Linear(inward, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, outward))
 
+# %% ../nbs/21_nets.ipynb #176b89ab
 class DopplerNetwork(SpectrumNetwork):
     "Star lines shifted by node 0, sky lines shifted by node 1, and a continuum; the other nodes are learned."
     n_built_in, components = 2, (40, 4, 24) # of star, sky and continuum
@@ -611,7 +676,7 @@ class DopplerNetwork(SpectrumNetwork):
     @property
     def weight(self): return torch.cat([part.weight for part in self.parts])
 
-# %% ../nbs/21_nets.ipynb #0faac9db
+# %% ../nbs/21_nets.ipynb #85f5f82c
 @patch
 def _channels(self:DopplerNetwork, flux, ivar):
     "Lines, log continuum and mask, each (batch, pixel)."
@@ -619,6 +684,7 @@ def _channels(self:DopplerNetwork, flux, ivar):
     lines, shape = (raw*valid[:, None]).unbind(1)
     return lines, shape, valid
 
+# %% ../nbs/21_nets.ipynb #75a10480
 @patch
 @torch.no_grad()
 def project(self:DopplerNetwork,
@@ -630,7 +696,33 @@ def project(self:DopplerNetwork,
     star, sky, *rows = align(self.aligner, lines, valid)
     return torch.cat((torch.stack((star, sky), 1)/self.shift_scale, *(part(r) for part, r in zip(self.parts, (*rows, shape)))), 1)
 
-# %% ../nbs/21_nets.ipynb #97777a9e
+# %% ../nbs/21_nets.ipynb #0c57ce1b
+@patch
+def _first_rows(self:DopplerNetwork, batches):
+    "Lines, log continuum and mask of enough training spectra, each (row, pixel)."
+    pieces, wanted, device = [], max(min(2048, 64_000_000//self.config.n_pixels), 128), self.shift_scale.device
+    for flux, ivar, *_ in batches:
+        pieces.append(self._channels(flux.to(device), ivar.to(device)))
+        if sum(len(piece[0]) for piece in pieces) >= wanted: break
+    return tuple(torch.cat(piece)[:wanted] for piece in zip(*pieces))
+
+# %% ../nbs/21_nets.ipynb #8b022108
+@patch
+def _fit_shifts(self:DopplerNetwork, lines, valid):
+    "Spread and log variance of the two shifts, from training spectra (row, pixel)."
+    errors, spread = shift_errors(self.aligner, lines[:512], valid[:512])
+    self.shift_scale.copy_(torch.where(spread > 1e-3, spread, 1.))
+    self.shift_logvar.copy_(2*(errors/self.shift_scale).clamp_min(1e-3).log())
+
+# %% ../nbs/21_nets.ipynb #486219a9
+@patch
+def _fit_parts(self:DopplerNetwork, star_rows, sky_rows, shape):
+    "Components of star, sky and continuum, from aligned training spectra (row, pixel)."
+    stands_out = (-significant(sky_rows.mean(0))).clamp_min(0).sqrt()/self.aligner.variance.sqrt()
+    settings = ((star_rows, 0.5, 1., None), (sky_rows, 0., 0.3, stands_out), (shape, 0.5, 1., None))
+    for part, (rows, whitening, total, look) in zip(self.parts, settings): fit_part(part, rows, whitening, total, look)
+
+# %% ../nbs/21_nets.ipynb #4618ba9a
 @patch
 @torch.no_grad()
 def fit_frontend(self:DopplerNetwork,
@@ -639,23 +731,15 @@ def fit_frontend(self:DopplerNetwork,
     "Fit front end, aligner and parts to training spectra, unless it has been done."
     if self.frontend.fitted: return self
     self.frontend.fit(batches)
-    pieces, wanted, device = [], max(min(2048, 64_000_000//self.config.n_pixels), 128), self.shift_scale.device
-    for flux, ivar, *_ in batches:
-        pieces.append(self._channels(flux.to(device), ivar.to(device)))
-        if sum(len(piece[0]) for piece in pieces) >= wanted: break
-    lines, shape, valid = (torch.cat(piece)[:wanted] for piece in zip(*pieces))
+    lines, shape, valid = self._first_rows(batches)
     fit_aligner(self.aligner, lines, valid)
-    star, sky, star_rows, sky_rows = (torch.cat(part) for part in zip(*(align(self.aligner, x, ok) for x, ok in zip(lines.split(256), valid.split(256)))))
-    errors, spread = shift_errors(self.aligner, lines[:512], valid[:512])
-    self.shift_scale.copy_(torch.where(spread > 1e-3, spread, 1.))
-    self.shift_logvar.copy_(2*(errors/self.shift_scale).clamp_min(1e-3).log())
-    stands_out = (-significant(sky_rows.mean(0))).clamp_min(0).sqrt()/self.aligner.variance.sqrt()
-    settings = ((star_rows, 0.5, 1., None), (sky_rows, 0., 0.3, stands_out), (shape, 0.5, 1., None))
-    for part, (rows, whitening, total, look) in zip(self.parts, settings): fit_part(part, rows, whitening, total, look)
+    _, _, star_rows, sky_rows = (torch.cat(part) for part in zip(*(align(self.aligner, x, ok) for x, ok in zip(lines.split(256), valid.split(256)))))
+    self._fit_shifts(lines, valid)
+    self._fit_parts(star_rows, sky_rows, shape)
     if self.n_start and len(shape) >= START_ROWS: self._start_continuum(self.parts[2](shape).double())
     return self
 
-# %% ../nbs/21_nets.ipynb #fd913c40
+# %% ../nbs/21_nets.ipynb #675cd383
 @patch
 @torch.no_grad()
 def _start_continuum(self:DopplerNetwork, scores):
@@ -669,6 +753,7 @@ def _start_continuum(self:DopplerNetwork, scores):
     self.unmixing.copy_(unmixing[order]); self.mixing.copy_(mixing[order])
     self.encoder[-1].weight[:self.n_start], self.encoder[-1].bias[:self.n_start] = 0., 0.
 
+# %% ../nbs/21_nets.ipynb #d165b48b
 @patch
 def _scores(self:DopplerNetwork, z):
     "Scores of the parts (batch, component) from codes on the network's own axes."
@@ -676,11 +761,12 @@ def _scores(self:DopplerNetwork, z):
     n = self.components[2]
     return torch.cat((scores[:, :-n], scores[:, -n:] + z[:, 2:2 + self.n_start] @ self.mixing), 1)
 
-# %% ../nbs/21_nets.ipynb #5d0030a6
+# %% ../nbs/21_nets.ipynb #5ffa3149
 @patch
 def _projected(self:DopplerNetwork, flux, ivar):
     return flux if flux.ndim == 2 and flux.shape[1] == 2 + sum(self.components) else self.project(flux, ivar)
 
+# %% ../nbs/21_nets.ipynb #c204695d
 @patch
 def encode(self:DopplerNetwork,
     flux:torch.Tensor, # (batch, pixel) or (batch, 1, pixel) flux [median flux], or what `project` made of it
@@ -692,6 +778,7 @@ def encode(self:DopplerNetwork,
     mean, logvar = torch.cat((rows[:, :2], mean[:, :n] + rows[:, -self.components[2]:] @ self.unmixing.T, mean[:, n:]), 1), torch.cat((self.shift_logvar.expand(len(rows), 2), logvar), 1)
     return self.axes(mean), self.axes.log_variance(mean, logvar)
 
+# %% ../nbs/21_nets.ipynb #405e5ad6
 @patch
 def decode(self:DopplerNetwork,
     z:torch.Tensor, # (batch, latent) codes
@@ -719,8 +806,8 @@ def forward(self:DopplerNetwork,
     output, target = ((values*size)[:, None] for values in (scores, rows[:, 2:]))
     return scores if self.training else self.decode(z), mean, logvar, z, output, target, torch.ones_like(target)
 
-# %% ../nbs/21_nets.ipynb #04bfc183
-PRESETS = {
+# %% ../nbs/21_nets.ipynb #610ce38f
+PRESETS = { # name -> settings
     "paper": NetConfig(preset="paper", family="paper", n_pixels=327_680, n_latent=128, frontend="flux"),
     "paper_scaled": NetConfig(preset="paper_scaled", family="paper", n_latent=128, frontend="flux"),
     "demo": NetConfig(),
@@ -729,6 +816,7 @@ PRESETS = {
     "tiny": NetConfig(preset="tiny", n_pixels=512, n_latent=6, continuum_nodes=2, channels=(8, 16), kernels=(9, 5), strides=(8, 4), hidden=32, decoder_widths=(32, 16)),
 }
 
+# %% ../nbs/21_nets.ipynb #86a43fc1
 def net_config(
     name:str="demo", # a name of `PRESETS`
     n_pixels:int|None=None, # length of a spectrum; None: the preset's own
