@@ -42,13 +42,14 @@ def ready_rows(
     valid = np.isfinite(flux) & np.isfinite(ivar) & (ivar > 0)
     return np.where(valid, flux, np.float32(0)), np.where(valid, ivar, np.float32(0))
 
-# %% ../nbs/20_loader.ipynb #bb8761b7
+# %% ../nbs/20_loader.ipynb #5e545a2d
 def _map_budget():
     "Bytes of chunks that may stay mapped."
     try: import resource
     except ImportError: return 4e9
     return 4e9 if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY else 0
 
+# %% ../nbs/20_loader.ipynb #c7bb4218
 class RawStore:
     "Rows of a store whose chunks are plain arrays of bytes."
     def __init__(self,
@@ -62,10 +63,14 @@ class RawStore:
             if codecs != [("bytes", "little")] or about["shape"][1] != self.n_pixels or self.dtype.kind != "f" or {"scale_factor", "add_offset"} & set(about["attributes"]): raise ValueError(f"{name} of {self.path.name} is not stored as plain rows")
         self._maps, self._lock, self._budget = OrderedDict(), threading.Lock(), _map_budget()
 
-    def __getstate__(self): return dict(path=self.path)
-    def __setstate__(self, state): self.__init__(state["path"])
+# %% ../nbs/20_loader.ipynb #6a51cbd6
+@patch
+def __getstate__(self:RawStore): return dict(path=self.path)
 
-# %% ../nbs/20_loader.ipynb #5e8b5941
+@patch
+def __setstate__(self:RawStore, state): self.__init__(state["path"])
+
+# %% ../nbs/20_loader.ipynb #992f6922
 @patch
 def _mapped(self:RawStore, name, k):
     "One chunk as it lies in the system's cache, (row, wavelength) of the store's type."
@@ -79,27 +84,35 @@ def _mapped(self:RawStore, name, k):
         while self._maps and sum(m.nbytes for m in self._maps.values()) > self._budget: self._maps.popitem(last=False)
         return chunk
 
+# %% ../nbs/20_loader.ipynb #4fe32856
 @patch
 def plane(self:RawStore, name, row, first, size):
     "Pixels of one row of `flux` or `ivar`, (size,) of the store's type; not writable."
     k, within = divmod(int(row), self.chunk_rows)
     return self._mapped(name, k)[within, first:first + size]
 
-# %% ../nbs/20_loader.ipynb #eecbd027
+# %% ../nbs/20_loader.ipynb #af155912
+def _dask_names(ds): return [getattr(ds[name].data, "name", None) for name in ("flux", "ivar")]
+
+def _opened_again(source):
+    "The store at a path, opened in each of the usual ways, one after the other."
+    consolidated = "consolidated_metadata" in json.loads((Path(source)/"zarr.json").read_text())
+    ways = [dict(consolidated=False)] + ([{}] if consolidated else [])
+    again = [lambda path, how=how: xr.open_zarr(path, **how) for how in ways] + [open_store]
+    return (opens(kind(source)) for opens in again for kind in (Path, str))
+
+# %% ../nbs/20_loader.ipynb #a1e83242
 def raw_store(
     ds:xr.Dataset, # spectra
 )->RawStore|None: # None where the Dataset is not, or no longer, a store of plain rows
     "The files behind a Dataset, if its flux and ivar are exactly what stands in them."
-    source, named = ds.encoding.get("source"), lambda d: [getattr(d[n].data, "name", None) for n in ("flux", "ivar")]
-    if not source or None in named(ds) or not (Path(source)/"flux"/"zarr.json").exists(): return None
+    source, names = ds.encoding.get("source"), _dask_names(ds)
+    if not source or None in names or not (Path(source)/"flux"/"zarr.json").exists(): return None
     try: store = RawStore(source)
     except (ValueError, KeyError, TypeError): return None
-    consolidated = "consolidated_metadata" in json.loads((Path(source)/"zarr.json").read_text())
-    ways = [dict(consolidated=False)] + ([{}] if consolidated else [])
-    again = [lambda path, how=how: xr.open_zarr(path, **how) for how in ways] + [open_store]
-    return store if any(named(opens(kind(source))) == named(ds) for opens in again for kind in (Path, str)) else None
+    return store if any(_dask_names(again) == names for again in _opened_again(source)) else None
 
-# %% ../nbs/20_loader.ipynb #8ace806e
+# %% ../nbs/20_loader.ipynb #40cde3e8
 class RecipePlan:
     "A recipe worked out for one grid."
     def __init__(self,
@@ -115,12 +128,14 @@ class RecipePlan:
         left = 0 if not recipe.pad_to else (recipe.pad_to - len(inside))//2 if recipe.pad_left is None else recipe.pad_left
         self.place = slice(left, left + len(inside))
 
-    def divisor(self, flux, ivar):
-        "Median of the usable flux, NaN for a spectrum without a positive or a sufficient one."
-        if not self.recipe.normalise: return np.float32(1)
-        usable = flux[self.keep & (ivar > 0)]
-        median = np.nanmedian(usable) if usable.size else np.float32(np.nan)
-        return median if median > 0 and (self.recipe.min_median is None or median >= self.recipe.min_median) else np.float32(np.nan)
+# %% ../nbs/20_loader.ipynb #908b28b7
+@patch
+def divisor(self:RecipePlan, flux, ivar):
+    "Median of the usable flux, NaN for a spectrum without a positive or a sufficient one."
+    if not self.recipe.normalise: return np.float32(1)
+    usable = flux[self.keep & (ivar > 0)]
+    median = np.nanmedian(usable) if usable.size else np.float32(np.nan)
+    return median if median > 0 and (self.recipe.min_median is None or median >= self.recipe.min_median) else np.float32(np.nan)
 
 # %% ../nbs/20_loader.ipynb #a043cfb8
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -131,7 +146,7 @@ def _finish(stored_flux, stored_ivar, keep, divisor, flux, ivar):
         good = keep[k] & (w > 0) & (w < np.inf) & (abs(f) < np.inf)
         flux[k], ivar[k] = f if good else np.float32(0), w if good else np.float32(0)
 
-# %% ../nbs/20_loader.ipynb #4360b608
+# %% ../nbs/20_loader.ipynb #652b4e63
 class SpectrumRows:
     "The spectra of one split: kept in memory where they fit, read in groups where not."
     n_inp = 2
@@ -152,13 +167,21 @@ class SpectrumRows:
         everything = np.arange(len(self.rows))
         if len(self.rows) * self.n_pixels * 8 <= memory_limit: self.cache = self._read_raw(everything) if self.raw else self._read(self.rows)
 
-    @property
-    def n_pixels(self)->int: return self.wavelength.size
-    def __len__(self): return len(self.rows)
-    def _read(self, rows): return ready_rows(self.ds.isel(spectrum=rows), self.recipe)
-    def new_empty(self): return EmptyRows(self)
+# %% ../nbs/20_loader.ipynb #ec15a40f
+@patch(as_prop=True)
+def n_pixels(self:SpectrumRows)->int: return self.wavelength.size
 
-# %% ../nbs/20_loader.ipynb #95b29d6b
+@patch
+def __len__(self:SpectrumRows): return len(self.rows)
+
+# %% ../nbs/20_loader.ipynb #9643e570
+@patch
+def _read(self:SpectrumRows, rows): return ready_rows(self.ds.isel(spectrum=rows), self.recipe)
+
+@patch
+def new_empty(self:SpectrumRows): return EmptyRows(self)
+
+# %% ../nbs/20_loader.ipynb #bbbf5869
 @patch
 def take(self:SpectrumRows,
     positions:np.ndarray, # (row,) positions within the split, in any order
@@ -170,6 +193,7 @@ def take(self:SpectrumRows,
     back = np.argsort(order)
     return tuple(values[back] for values in self._read(self.rows[positions[order]]))
 
+# %% ../nbs/20_loader.ipynb #f9ae22f9
 @patch
 def _fill_row(self:SpectrumRows, position, flux, ivar):
     "One row, prepared, into flux and ivar (pixel,)."
@@ -201,7 +225,16 @@ class EmptyRows:
     def __len__(self): return 0
     def new_empty(self): return self
 
-# %% ../nbs/20_loader.ipynb #d6b3d899
+# %% ../nbs/20_loader.ipynb #ba45f786
+def _gathered(chunks, buffer_rows):
+    "Neighbouring chunks in groups of at most buffer_rows rows, unless one chunk alone is larger."
+    groups, group, size = [], [], 0
+    for chunk in chunks:
+        if group and size + len(chunk) > buffer_rows: groups.append(np.concatenate(group)); group, size = [], 0
+        group.append(chunk); size += len(chunk)
+    return groups + [np.concatenate(group)]
+
+# %% ../nbs/20_loader.ipynb #8f4f963d
 def epoch_groups(
     rows:np.ndarray, # (row,) sorted row numbers in the store
     chunk_rows:int, # rows in a chunk of the store
@@ -214,12 +247,7 @@ def epoch_groups(
     edges = np.flatnonzero(np.diff(rows // chunk_rows)) + 1
     chunks = np.split(np.arange(len(rows)), edges)
     if shuffle: chunks = [chunks[i] for i in rng.permutation(len(chunks))]
-    groups, group, size = [], [], 0
-    for chunk in chunks:
-        if group and size + len(chunk) > buffer_rows: groups.append(np.concatenate(group)); group, size = [], 0
-        group.append(chunk); size += len(chunk)
-    groups.append(np.concatenate(group))
-    return [rng.permutation(group) if shuffle else group for group in groups]
+    return [rng.permutation(group) if shuffle else group for group in _gathered(chunks, buffer_rows)]
 
 # %% ../nbs/20_loader.ipynb #cbbbc063
 def _place_among_processes():
@@ -249,12 +277,13 @@ class SpectrumLoader(DataLoader):
 
     n_inp = 2
 
-# %% ../nbs/20_loader.ipynb #d92cfd89
+# %% ../nbs/20_loader.ipynb #3581baed
 @patch
 def __len__(self:SpectrumLoader):
     n = len(self.dataset)//self.world_size if self.drop_last else -(-len(self.dataset)//self.world_size)
     return n//self.bs if self.drop_last else -(-n//self.bs)
 
+# %% ../nbs/20_loader.ipynb #a4a9b23d
 @patch
 def new(self:SpectrumLoader, dataset=None, cls=None, **kwargs):
     settings = {name: getattr(self, name) for name in ("bs", "shuffle", "drop_last", "seed", "buffer_rows", "device", "n_threads", "rank", "world_size")}
@@ -262,21 +291,28 @@ def new(self:SpectrumLoader, dataset=None, cls=None, **kwargs):
     copy.epoch = self.epoch
     return copy
 
-# %% ../nbs/20_loader.ipynb #7102c16d
+# %% ../nbs/20_loader.ipynb #52fc3604
 @patch
-def _groups(self:SpectrumLoader):
-    "Positions in the order of the epoch to come, in groups that are read together; of this rank alone."
+def _epoch(self:SpectrumLoader):
+    "Positions in the order of the epoch to come, in groups that are read together; of all ranks."
     data = self.dataset
     if len(data) == 0: return []
     chunks = data.ds.flux.chunks if data.cache is None and not data.raw else None
     chunk_rows = max(chunks[0]) if chunks else len(data.ds.spectrum)
     buffer_rows = self.buffer_rows or int(np.clip(256e6//(8*data.n_pixels), self.bs, 4096))
-    groups, start, mine = epoch_groups(data.rows, chunk_rows, buffer_rows, self.shuffle, (self.seed, self.epoch)), 0, []
-    for group in groups:
+    return epoch_groups(data.rows, chunk_rows, buffer_rows, self.shuffle, (self.seed, self.epoch))
+
+# %% ../nbs/20_loader.ipynb #696b7344
+@patch
+def _groups(self:SpectrumLoader):
+    "The groups of the epoch to come, with the positions of this rank alone."
+    start, mine = 0, []
+    for group in self._epoch():
         mine.append(group[(self.rank - start) % self.world_size::self.world_size])
         start += len(group)
     return mine
 
+# %% ../nbs/20_loader.ipynb #81ebe1e6
 @patch
 def get_idxs(self:SpectrumLoader
 )->list: # positions within the split, in the order of this epoch
@@ -296,22 +332,29 @@ def _read_ahead(read, pieces, n_threads=1):
         finally:
             for future in waiting: future.cancel()
 
-# %% ../nbs/20_loader.ipynb #6a1f3c96
+# %% ../nbs/20_loader.ipynb #cf574b66
+@patch
+def _take(self:SpectrumLoader, positions): return (positions, *self.dataset.take(positions))
+
+@patch
+def _take_raw(self:SpectrumLoader, positions):
+    "Positions, flux and ivar of one batch from the files."
+    shape, pinned = (2, len(positions), self.dataset.n_pixels), self.device is not None and torch.device(self.device).type == "cuda"
+    out = torch.empty(shape, pin_memory=True) if pinned else torch.from_numpy(np.empty(shape, np.float32)) # numpy asks for large pages
+    self.dataset._read_raw(positions, out.numpy())
+    return positions, out[0], out[1]
+
+# %% ../nbs/20_loader.ipynb #9cf8f188
 @patch
 def _pieces(self:SpectrumLoader):
     "Positions, flux and ivar of at most one batch."
-    data, pinned = self.dataset, self.device is not None and torch.device(self.device).type == "cuda"
-    def read(positions): return (positions, *data.take(positions))
-    def read_raw(positions):
-        shape = 2, len(positions), data.n_pixels
-        out = torch.empty(shape, pin_memory=True) if pinned else torch.from_numpy(np.empty(shape, np.float32)) # numpy asks for large pages
-        data._read_raw(positions, out.numpy())
-        return positions, out[0], out[1]
-    if data.cache is None and not data.raw: yield from islice(self._cut(_read_ahead(read, self._groups())), self.skip, None); return
+    data = self.dataset
+    if data.cache is None and not data.raw: yield from islice(self._cut(_read_ahead(self._take, self._groups())), self.skip, None); return
     order = np.array(self.get_idxs(), np.int64)[self.skip*self.bs:]
     batches = (order[start:start + self.bs] for start in range(0, len(order), self.bs))
-    yield from map(read, batches) if data.cache is not None else _read_ahead(read_raw, batches, self.n_threads)
+    yield from map(self._take, batches) if data.cache is not None else _read_ahead(self._take_raw, batches, self.n_threads)
 
+# %% ../nbs/20_loader.ipynb #b47b3b76
 @patch
 def _cut(self:SpectrumLoader, groups):
     "Batches from groups of any size."
@@ -323,7 +366,7 @@ def _cut(self:SpectrumLoader, groups):
         left, n = tuple(values[full:] for values in group), n + full
     if left is not None and n < self.n: yield tuple(values[:self.n - n] for values in left)
 
-# %% ../nbs/20_loader.ipynb #a4ea4b5b
+# %% ../nbs/20_loader.ipynb #8a4efe66
 @patch
 def __iter__(self:SpectrumLoader):
     n_made = self.skip
@@ -335,13 +378,14 @@ def __iter__(self:SpectrumLoader):
         yield flux, ivar, flux, ivar
     self.epoch, self.skip = self.epoch + 1, 0
 
+# %% ../nbs/20_loader.ipynb #149a5453
 @patch
 def _stand_in(self:SpectrumLoader):
     "A row without a valid pixel, for the last batch of a rank that has no row left for it."
     nothing = np.zeros((1, self.dataset.n_pixels), np.float32)
     if self.world_size > 1: yield np.zeros(0, np.int64), nothing, nothing
 
-# %% ../nbs/20_loader.ipynb #caefac81
+# %% ../nbs/20_loader.ipynb #0e8df53f
 @patch
 def coord(self:SpectrumRows,
     name:str, # coordinate along `spectrum`
@@ -354,6 +398,7 @@ def coord(self:SpectrumRows,
     if name not in self._coords: self._coords[name] = self.ds[name].values[self.rows]
     return self._coords[name]
 
+# %% ../nbs/20_loader.ipynb #c910912e
 @patch
 def batch_coord(self:SpectrumLoader,
     name:str, # coordinate along `spectrum`
@@ -375,7 +420,16 @@ def pixel_shift(self:SpectrumRows,
                          "ingest the spectra onto specnb.wave.log_grid(start, stop, n_pixels), or resample them")
     return np.log(doppler_factor(velocity))/step
 
-# %% ../nbs/20_loader.ipynb #6a2dfb92
+# %% ../nbs/20_loader.ipynb #009267e5
+def _draw_row(ax, wavelength, seen, weight, made):
+    "One spectrum, and a reconstruction on top of it unless it is None."
+    ax.plot(wavelength, np.where(weight > 0, seen, np.nan), color="0.55", lw=0.8)
+    if made is None: return
+    chi = np.sqrt((weight*(seen - made)**2).sum() / max((weight > 0).sum(), 1))
+    ax.plot(wavelength, np.where(weight > 0, made, np.nan), color="#0072B2", lw=0.8, label=f"$\\chi$ {chi:.2f}")
+    ax.legend(frameon=False, loc="lower right", fontsize=8)
+
+# %% ../nbs/20_loader.ipynb #8bf18495
 @patch
 def show_batch(self:SpectrumLoader,
     b=None, # batch; None: the first of the epoch to come
@@ -388,26 +442,18 @@ def show_batch(self:SpectrumLoader,
     n, wavelength = min(max_n, len(flux)), self.dataset.wavelength.values
     figure, axes = plt.subplots(n, 1, figsize=(7, 1.3*n + 0.4), dpi=70, sharex=True, squeeze=False)
     for i, ax in enumerate(axes[:, 0]):
-        seen, weight = flux[i].cpu().numpy(), ivar[i].cpu().numpy()
-        ax.plot(wavelength, np.where(weight > 0, seen, np.nan), color="0.55", lw=0.8)
-        if reconstruction is None: continue
-        made = reconstruction[i].float().cpu().numpy()
-        chi = np.sqrt((weight*(seen - made)**2).sum() / max((weight > 0).sum(), 1))
-        ax.plot(wavelength, np.where(weight > 0, made, np.nan), color="#0072B2", lw=0.8, label=f"$\\chi$ {chi:.2f}")
-        ax.legend(frameon=False, loc="lower right", fontsize=8)
+        made = None if reconstruction is None else reconstruction[i].float().cpu().numpy()
+        _draw_row(ax, wavelength, flux[i].cpu().numpy(), ivar[i].cpu().numpy(), made)
     axes[n//2, 0].set_ylabel("flux [median]"); axes[-1, 0].set_xlabel("wavelength [Angstrom]")
     return figure
 
+# %% ../nbs/20_loader.ipynb #c6d69473
 @patch
 def show_results(self:SpectrumLoader, b, out, max_n:int=4, **kwargs): return self.show_batch(b, max_n, reconstruction=out[0])
 
-# %% ../nbs/20_loader.ipynb #cf25128b
-def split_rows(
-    ds:xr.Dataset, # spectra
-    split, # (spectrum,) "train", "valid", "test", or "" for neither; the name of such a coordinate; None: by star
-    seed:int=0, # of the split by star
-)->dict: # name -> (row,) positions
-    "Row numbers of each split; raises ValueError where one that is needed is empty or a word is unknown."
+# %% ../nbs/20_loader.ipynb #6458dd51
+def _split_words(ds, split, seed):
+    "(spectrum,) \"train\", \"valid\", \"test\" or \"\"; ValueError for any other word."
     if split is None: split = split_by_object(ds, seed=seed)
     elif isinstance(split, str): split = ds[split]
     split = np.asarray(split).astype(str)
@@ -415,6 +461,16 @@ def split_rows(
         raise ValueError(f"split has shape {split.shape}, but there are {ds.sizes['spectrum']} spectra: give one word for each spectrum")
     unknown = set(split) - {"train", "valid", "test", ""}
     if unknown: raise ValueError(f"split holds {sorted(map(str, unknown))}: use 'train', 'valid', 'test' or ''")
+    return split
+
+# %% ../nbs/20_loader.ipynb #3224d653
+def split_rows(
+    ds:xr.Dataset, # spectra
+    split, # (spectrum,) "train", "valid", "test", or "" for neither; the name of such a coordinate; None: by star
+    seed:int=0, # of the split by star
+)->dict: # name -> (row,) positions
+    "Row numbers of each split; raises ValueError where one that is needed is empty or a word is unknown."
+    split = _split_words(ds, split, seed)
     rows = {name: np.flatnonzero(split == name) for name in ("train", "valid", "test")}
     for name in ("train", "valid"):
         if len(rows[name]) == 0: raise ValueError(f"no spectrum is in the split {name!r}: take more stars, or pass split= by hand")
