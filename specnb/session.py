@@ -55,7 +55,7 @@ class Session(param.Parameterized):
         super().__init__(row=first, code=self.mean[first].astype(float), node=node, label=label, **params)
         self.param.watch(lambda *events: self.reset(), ["row", "guest"])
 
-# %% ../nbs/40_session.ipynb #fd4f1063
+# %% ../nbs/40_session.ipynb #77eb70de
 def _grid(wavelength, spectra, recipe):
     "The wavelengths of decoded spectra as a DataArray, or None."
     if wavelength is None and spectra is None: return None
@@ -63,6 +63,7 @@ def _grid(wavelength, spectra, recipe):
     known = {"units": "Angstrom"} if spectra is None else spectra["wavelength"].attrs
     return xr.DataArray(np.asarray(wavelength, float), dims="wavelength", name="wavelength", attrs=known | getattr(wavelength, "attrs", {}))
 
+# %% ../nbs/40_session.ipynb #0e140ca3
 def _first_pair(association, nodes):
     "The strongest pair of a shown node and a label, to begin with."
     if association is None or not association.sizes.get("label"): return nodes[0], ""
@@ -94,22 +95,6 @@ def _keep(self:Session, name, key, make):
     if self._kept.get(name, (None,))[0] != key: self._kept[name] = key, make()
     return self._kept[name][1]
 
-# %% ../nbs/40_session.ipynb #e0b3353d
-@patch
-def choose(
-    self:Session,
-    name,           # `spectrum_id`, name of an object, or position
-)->bool:            # whether it was found
-    "Make a spectrum the chosen one; an unknown name leaves the state alone and sets `message`."
-    ids = self.ids()
-    objects = self.latents["object"].values.astype(str) if "object" in self.latents.coords else ids
-    found = np.flatnonzero(ids == str(name)) if str(name) in ids else np.flatnonzero(objects == str(name))
-    if not len(found) and str(name).isdigit() and int(name) < len(ids): found = [int(name)]
-    if not len(found): self.message = f"No spectrum or object is called {str(name)[:60]!r}; an id looks like {str(ids[0])!r}."
-    elif not np.isfinite(self.mean[found[0]]).all(): self.message = f"{ids[found[0]]} has NaN latents and cannot be decoded: choose another."
-    else: self.param.update(row=int(found[0]), guest=None, message="")
-    return not self.message
-
 # %% ../nbs/40_session.ipynb #6f4594a5
 @patch
 def ids(
@@ -121,7 +106,29 @@ def ids(
         self._kept["ids"] = self.latents["spectrum_id"].values.astype(str) if "spectrum_id" in self.latents.coords else np.arange(n).astype(str)
     return self._kept["ids"]
 
-# %% ../nbs/40_session.ipynb #682a73b0
+# %% ../nbs/40_session.ipynb #0f97646b
+@patch
+def _find(self:Session, name):
+    "Positions of the spectra that a name may stand for: by id, else by object, else by position."
+    ids = self.ids()
+    objects = self.latents["object"].values.astype(str) if "object" in self.latents.coords else ids
+    found = np.flatnonzero(ids == str(name)) if str(name) in ids else np.flatnonzero(objects == str(name))
+    return [int(name)] if not len(found) and str(name).isdigit() and int(name) < len(ids) else found
+
+# %% ../nbs/40_session.ipynb #a444be34
+@patch
+def choose(
+    self:Session,
+    name,           # `spectrum_id`, name of an object, or position
+)->bool:            # whether it was found
+    "Make a spectrum the chosen one; an unknown name leaves the state alone and sets `message`."
+    ids, found = self.ids(), self._find(name)
+    if not len(found): self.message = f"No spectrum or object is called {str(name)[:60]!r}; an id looks like {str(ids[0])!r}."
+    elif not np.isfinite(self.mean[found[0]]).all(): self.message = f"{ids[found[0]]} has NaN latents and cannot be decoded: choose another."
+    else: self.param.update(row=int(found[0]), guest=None, message="")
+    return not self.message
+
+# %% ../nbs/40_session.ipynb #4d8d62d0
 @patch(as_prop=True)
 def start(
     self:Session,
@@ -129,6 +136,7 @@ def start(
     "The code of the chosen spectrum, from which the sliders depart."
     return (self.mean[self.row] if self.guest is None else self.guest["latents"]["mean"].values[0]).astype(float)
 
+# %% ../nbs/40_session.ipynb #8b093313
 @patch
 def reset(
     self:Session,
@@ -148,7 +156,7 @@ def move(
     code[self.places[node]] = value
     self.param.update(code=code, node=node)
 
-# %% ../nbs/40_session.ipynb #96e0b365
+# %% ../nbs/40_session.ipynb #295f8367
 @patch
 def observed(
     self:Session,
@@ -161,6 +169,7 @@ def observed(
     places = self._store_places([row])
     return self.ready(self.spectra.isel(spectrum=places)).isel(spectrum=0) if len(places) else None
 
+# %% ../nbs/40_session.ipynb #1b0180ab
 @patch
 def _store_places(self:Session, rows):
     "Where spectra stand in the store, those that do."
@@ -168,7 +177,7 @@ def _store_places(self:Session, rows):
     found = [self._kept["rows"].get(self.ids()[row]) for row in rows]
     return [place for place in found if place is not None]
 
-# %% ../nbs/40_session.ipynb #e0c28030
+# %% ../nbs/40_session.ipynb #f76cae69
 @patch
 def ready(
     self:Session,
@@ -177,6 +186,7 @@ def ready(
     "Spectra prepared as the network saw them."
     return (prepare(some, self.recipe) if self.recipe is not None else normalise(some)).load()
 
+# %% ../nbs/40_session.ipynb #5f121e2f
 @patch
 def decoded(
     self:Session,
@@ -202,7 +212,7 @@ def typical(
         return part["flux"].where(part["ivar"] > 0).median("spectrum").values
     return self._keep("typical", self.chosen.tobytes(), make) if self.spectra is not None and len(self.chosen) else None
 
-# %% ../nbs/40_session.ipynb #4d9e2d52
+# %% ../nbs/40_session.ipynb #876470d1
 @patch
 def rebuilt(
     self:Session,
@@ -210,6 +220,7 @@ def rebuilt(
     "The chosen spectrum, decoded from its own code."
     return self._keep("rebuilt", self.start.tobytes(), lambda: self.decoded(self.start[None])[0])
 
+# %% ../nbs/40_session.ipynb #02d85b6e
 @patch
 def moved(
     self:Session,
@@ -218,7 +229,7 @@ def moved(
     if np.array_equal(self.code, self.start): return self.rebuilt()
     return self._keep("moved", self.code.tobytes(), lambda: self.decoded(self.code[None])[0])
 
-# %% ../nbs/40_session.ipynb #8ec7dbda
+# %% ../nbs/40_session.ipynb #3d53352b
 @patch
 def node_scale(
     self:Session,
@@ -227,6 +238,7 @@ def node_scale(
     "Standard deviation of a node over the spectra; 1 for a node that does not move."
     return float(np.nanstd(self.mean[:, self.places[node]])) or 1.0
 
+# %% ../nbs/40_session.ipynb #accf4bcd
 @patch
 def slope(
     self:Session,
@@ -250,7 +262,18 @@ def quantiles(
     "What a slider of this node runs over."
     return self._keep(f"quantiles {node}", node, lambda: np.nanpercentile(self.mean[:, self.places[node]], PERCENTS))
 
-# %% ../nbs/40_session.ipynb #d9c3997f
+# %% ../nbs/40_session.ipynb #6e105501
+@patch
+def _read_guest(self:Session, caption, data, most):
+    "A guest from the bytes of a file; raises what is wrong with them."
+    if self.read_upload is None or self.encode is None: raise ValueError("this inspector was given no reader: open it with specnb inspect RUN, or pass read_upload and encode")
+    if len(data) > most: raise ValueError(f"{len(data) / 1024**2:.0f} MiB are too many for one spectrum; ingest it instead")
+    spectrum = self.read_upload(caption, data)
+    code = self.encode(spectrum)
+    if not np.isfinite(code["mean"].values[0]).all(): raise ValueError("its code is NaN: it has no usable pixel on the grid of the network")
+    return dict(name=caption, spectrum=self.ready(spectrum).isel(spectrum=0), latents=code.isel(spectrum=[0]))
+
+# %% ../nbs/40_session.ipynb #575ef679
 @patch
 def bring(
     self:Session,
@@ -260,17 +283,19 @@ def bring(
 )->bool:        # whether it could be read
     "Read and encode a spectrum from bytes and make it the chosen one; a failure sets `message`."
     caption = str(name)[-80:]
-    try:
-        if self.read_upload is None or self.encode is None: raise ValueError("this inspector was given no reader: open it with specnb inspect RUN, or pass read_upload and encode")
-        if len(data) > most: raise ValueError(f"{len(data) / 1024**2:.0f} MiB are too many for one spectrum; ingest it instead")
-        spectrum = self.read_upload(caption, data)
-        code = self.encode(spectrum)
-        if not np.isfinite(code["mean"].values[0]).all(): raise ValueError("its code is NaN: it has no usable pixel on the grid of the network")
-        self.param.update(guest=dict(name=caption, spectrum=self.ready(spectrum).isel(spectrum=0), latents=code.isel(spectrum=[0])), message="")
+    try: self.param.update(guest=self._read_guest(caption, data, most), message="")
     except Exception as error: self.message = f"{caption!r} cannot be shown: {error}"
     return not self.message
 
-# %% ../nbs/40_session.ipynb #dc5ad2cb
+# %% ../nbs/40_session.ipynb #ab11ec81
+@patch
+def _candidates(self:Session, other_objects):
+    "Rows of the selection that may be neighbours of the chosen spectrum."
+    rows = np.setdiff1d(self.chosen, [self.row] if self.guest is None else [])
+    if not other_objects or self.guest is not None or "object" not in self.latents.coords: return rows
+    return rows[self.latents["object"].values[rows] != self.latents["object"].values[self.row]]
+
+# %% ../nbs/40_session.ipynb #9e163190
 @patch
 def nearest(
     self:Session,
@@ -281,14 +306,11 @@ def nearest(
     "Neighbours of the chosen spectrum in the informative nodes; a failure becomes a message and an empty table."
     try:
         if not within or not len(self.chosen): return neighbours(self.latents, self.start if self.guest is not None else self.row, k=k, nodes=self.nodes, exclude_same_object=other_objects)
-        rows = np.setdiff1d(self.chosen, [self.row] if self.guest is None else [])
-        if other_objects and self.guest is None and "object" in self.latents.coords:
-            rows = rows[self.latents["object"].values[rows] != self.latents["object"].values[self.row]]
-        return neighbours(self.latents.isel(spectrum=rows), self.start, k=k, nodes=self.nodes)
+        return neighbours(self.latents.isel(spectrum=self._candidates(other_objects)), self.start, k=k, nodes=self.nodes)
     except ValueError as error: self.message = f"No neighbours: {error}"
     return pd.DataFrame({"spectrum_id": [], "distance": []})
 
-# %% ../nbs/40_session.ipynb #752e65fc
+# %% ../nbs/40_session.ipynb #5a6fc27f
 @patch
 def _judged(self:Session):
     "Latents and names that novelty needs, the guest as the last row."
@@ -301,9 +323,11 @@ def _judged(self:Session):
     extra = extra.assign_coords({name: ("spectrum", [f"guest {self.guest['name']}"]) for name in keep})
     return xr.concat([bare, extra], "spectrum", join="override", coords="minimal", compat="override")
 
+# %% ../nbs/40_session.ipynb #cbc72534
 @patch
 def _guest_key(self:Session): return None if self.guest is None else (self.guest["name"], self.start.tobytes())
 
+# %% ../nbs/40_session.ipynb #cd6eae48
 @patch
 def strangeness(
     self:Session,
@@ -317,7 +341,7 @@ def strangeness(
         return novelty(bare, groups, false_alarm=max(false_alarm, 2 / n_stars), nodes=[self.places[node] for node in self.nodes])
     return self._keep("strangeness", (false_alarm, self._guest_key()), make)
 
-# %% ../nbs/40_session.ipynb #3e999a71
+# %% ../nbs/40_session.ipynb #11185778
 @patch
 def some_rows(
     self:Session,
@@ -332,6 +356,7 @@ def some_rows(
     stars = np.random.default_rng(seed).permutation(len(names))[:n_stars]
     return np.sort(good[first[stars]] if each else good[np.isin(number, stars)])
 
+# %% ../nbs/40_session.ipynb #58ed3a33
 @patch
 def labels(
     self:Session,
