@@ -359,7 +359,16 @@ def residual_lines(
     left = (real["flux"].values - self.rebuilt()) * np.sqrt(np.where(real["ivar"].values > 0, real["ivar"].values, np.nan))
     return {"residual": (left, PALETTE["residual"])}
 
-# %% ../nbs/41_app.ipynb #ae72c1a6
+# %% ../nbs/41_app.ipynb #58d7b0ed
+@patch
+def column(
+    self:Inspector,
+    name:str,      # of a coordinate, or "node 3"
+):                 # number of a node, or name of a coordinate
+    "What a name means as an axis."
+    return {node_name(node): node for node in self.places}.get(name, name)
+
+# %% ../nbs/41_app.ipynb #01ed8653
 @patch
 def ask(
     self:Inspector,
@@ -367,19 +376,9 @@ def ask(
     node:str,      # such as "node 3"
 )->None:
     "Make a node and a label the ones in question, as a click on a cell of the matrix does."
-    number = lambda name: int(tail) if (tail := str(name).rpartition("node ")[2]).isdigit() and str(name).startswith("node ") else None
-    if number(node) not in self.places: return
-    if label in self.latents.coords or number(label) in self.places: self.param.update(node=number(node), label=str(label))
-
-# %% ../nbs/41_app.ipynb #a6e834f2
-@patch
-def column(
-    self:Inspector,
-    name:str,      # of a coordinate, or "node 3"
-):                 # number of a node, or name of a coordinate
-    "What a name means as an axis."
-    if str(name).startswith("node ") and name[5:].isdigit() and int(name[5:]) in self.places: return int(name[5:])
-    return name
+    number = self.column(node)
+    if number not in self.places: return
+    if label in self.latents.coords or self.column(label) in self.places: self.param.update(node=number, label=str(label))
 
 # %% ../nbs/41_app.ipynb #596f4db5
 @patch
@@ -676,7 +675,7 @@ class Keys(JSComponent):
     def _handle_msg(self, key):
         if isinstance(key, str) and len(key) == 1: self._heard(key)
 
-# %% ../nbs/41_app.ipynb #99dcdc1d
+# %% ../nbs/41_app.ipynb #a009edf3
 @patch
 def press(
     self:Inspector,
@@ -688,7 +687,7 @@ def press(
         place = np.searchsorted(rows, self.row, "right") if key == "n" else np.searchsorted(rows, self.row) - 1
         self.choose(self.ids()[rows[place % len(rows)]])
     elif key == "r": self.reset()
-    elif key.isdigit() and 0 < int(key) <= len(self.tab_names()): self.tab = self.tab_names()[int(key) - 1]
+    elif key in (tabs := dict(zip("123456789", self.tab_names()))): self.tab = tabs[key]
 
 # %% ../nbs/41_app.ipynb #05ec7b8d
 @patch

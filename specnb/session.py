@@ -106,14 +106,15 @@ def ids(
         self._kept["ids"] = self.latents["spectrum_id"].values.astype(str) if "spectrum_id" in self.latents.coords else np.arange(n).astype(str)
     return self._kept["ids"]
 
-# %% ../nbs/40_session.ipynb #0f97646b
+# %% ../nbs/40_session.ipynb #f8546011
 @patch
 def _find(self:Session, name):
     "Positions of the spectra that a name may stand for: by id, else by object, else by position."
     ids = self.ids()
     objects = self.latents["object"].values.astype(str) if "object" in self.latents.coords else ids
     found = np.flatnonzero(ids == str(name)) if str(name) in ids else np.flatnonzero(objects == str(name))
-    return [int(name)] if not len(found) and str(name).isdigit() and int(name) < len(ids) else found
+    number = int(name) if str(name).isdecimal() and len(str(name)) < 10 else len(ids)
+    return [number] if not len(found) and number < len(ids) else found
 
 # %% ../nbs/40_session.ipynb #a444be34
 @patch

@@ -106,9 +106,17 @@ def test_a_name_from_the_browser_is_text_and_never_a_path(tmp_path):
     look = app.inspector(**parts())
     secret = tmp_path / "secret.fits"
     secret.write_text("do not read me")
-    for name in (str(secret), "../../etc/passwd", "<img src=x onerror=alert(1)>", "", "spec-000' OR 1", "9" * 400):
+    for name in (str(secret), "../../etc/passwd", "<img src=x onerror=alert(1)>", "", "spec-000' OR 1", "9" * 400, "9" * 5000, "²"):
         assert not look.choose(name) and "read me" not in look.message
     assert app._safe(look.message).count("<") == 0
+
+
+def test_a_digit_that_is_no_number_is_passed_over():
+    look = app.inspector(**parts())
+    before = look.saved()
+    for text in ("²", "①", "9" * 5000, "-1", ""): look.ask("teff", f"node {text}"), look.ask(f"node {text}", "node 0"), look.column(f"node {text}")
+    look.press("²"), look.press("0"), look.press("8")
+    assert look.saved() == before and look.column("node 2") == 2 and look.column("node ²") == "node ²"
 
 
 def test_export_is_the_selection():
