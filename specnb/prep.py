@@ -43,20 +43,34 @@ def _mask(ds, ranges):
     keep = ~bad.drop_vars("wavelength")
     return ds.assign({n: ds[n].where(keep, 0).astype("float32").assign_attrs(ds[n].attrs) for n in ("flux", "ivar")})
 
-# %% ../nbs/03_prep.ipynb #630d44a9
+# %% ../nbs/03_prep.ipynb #5a4aa1bf
+def _continued(wave, left, right):
+    "The grid with so many wavelengths more on either side, increasing and positive."
+    before, after = np.arange(-left, 0), np.arange(1, right + 1)
+    return np.concatenate([wave[0] * (wave[1] / wave[0])**before, wave, wave[-1] * (wave[-1] / wave[-2])**after])
+
+# %% ../nbs/03_prep.ipynb #facb9ce8
 def _pad(ds, n_pixels, left):
+    "Spectra between zeros, `n_pixels` long; `left` of the zeros, or half of them, come first."
     n = ds.sizes["wavelength"]
     if n > n_pixels: raise ValueError(f"prepare: pad_to is {n_pixels} but the spectra have {n} pixels; trim them with wavelength_range or pad to more")
     left = (n_pixels - n) // 2 if left is None else left
     right = n_pixels - n - left
     if left < 0 or right < 0: raise ValueError(f"prepare: pad_left is {left}, but only {n_pixels - n} pixels are to be added")
     wave, attrs = ds.wavelength.values, ds.wavelength.attrs
-    before = wave[0] * (wave[1] / wave[0])**np.arange(-left, 0); after = wave[-1] * (wave[-1] / wave[-2])**np.arange(1, right + 1)
     padded = ds.drop_vars("wavelength").pad(wavelength=(left, right), constant_values=0)
     if ds.flux.chunks: padded = padded.assign({n: padded[n].chunk(wavelength=-1) for n in ("flux", "ivar")})
-    return padded.assign_coords(wavelength=("wavelength", np.concatenate([before, wave, after]), attrs))
+    return padded.assign_coords(wavelength=("wavelength", _continued(wave, left, right), attrs))
 
-# %% ../nbs/03_prep.ipynb #fb3abeef
+# %% ../nbs/03_prep.ipynb #1e785479
+def _even(ds, min_median):
+    "Spectra in units of their median, those fainter than `min_median` masked."
+    even = normalise(ds)
+    if min_median is None: return even
+    bright = even.median_flux >= min_median
+    return even.assign({n: even[n].where(bright, 0).astype("float32").assign_attrs(even[n].attrs) for n in ("flux", "ivar")})
+
+# %% ../nbs/03_prep.ipynb #8eee2631
 def prepare(
     ds:xr.Dataset, # spectra
     recipe:PrepRecipe=PrepRecipe() # what to do
@@ -66,17 +80,15 @@ def prepare(
     if recipe.wavelength_range: ds = ds.sel(wavelength=slice(*recipe.wavelength_range))
     if ds.sizes["wavelength"] < 2: raise ContractError(f"prepare: no pixel lies within {recipe.wavelength_range} Angstrom; the grid of the store is another")
     if recipe.mask_ranges: ds = _mask(ds, recipe.mask_ranges)
-    if recipe.normalise:
-        even = normalise(ds)
-        bright = even.median_flux >= (recipe.min_median if recipe.min_median is not None else -np.inf)
-        ds = even if recipe.min_median is None else even.assign({n: even[n].where(bright, 0).astype("float32").assign_attrs(even[n].attrs) for n in ("flux", "ivar")})
+    if recipe.normalise: ds = _even(ds, recipe.min_median)
     return _pad(ds, recipe.pad_to, recipe.pad_left) if recipe.pad_to else ds
 
-# %% ../nbs/03_prep.ipynb #8de1f75a
+# %% ../nbs/03_prep.ipynb #4c7e5b95
 def _unit_hash(name, seed):
     "A number in [0, 1) from a name and a seed, the same everywhere."
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
 
+# %% ../nbs/03_prep.ipynb #69b1cdd4
 def split_by_object(
     ds:xr.Dataset, # spectra or latents
     valid:float=0.1, # share of objects for validation

@@ -6,22 +6,24 @@
 __all__ = ['MEDIA', 'FRAMES', 'COORDINATE_UNITS', 'ContractError', 'estimate_ivar', 'make_spectra', 'validate', 'SpectraAccessor',
            'normalise', 'open_store', 'save_store', 'fingerprint', 'make_latents', 'validate_latents']
 
-# %% ../nbs/01_spectra.ipynb #061e9ca8
+# %% ../nbs/01_spectra.ipynb #5b9e76ee
 import hashlib, shutil
 from pathlib import Path
 import numpy as np
 import xarray as xr
+from fastcore.basics import patch
 from .wave import velocity_step
 
-# %% ../nbs/01_spectra.ipynb #2143dd2a
+# %% ../nbs/01_spectra.ipynb #f2487593
 MEDIA, FRAMES = ("air", "vacuum"), ("barycentric", "topocentric", "rest")
 #: units of the standard coordinates along `spectrum`
 COORDINATE_UNITS = dict(mjd_obs="d", exptime="s", airmass="", berv="km/s", snr="", ra="deg", dec="deg", night="d")
 
+# %% ../nbs/01_spectra.ipynb #ffcc8ed9
 class ContractError(ValueError):
     "A Dataset that does not hold what specnb needs; the message names the variable and the mend."
 
-# %% ../nbs/01_spectra.ipynb #79439453
+# %% ../nbs/01_spectra.ipynb #10c7c876
 def _block_noise(flux, block):
     "Standard deviation per block of pixels by DER_SNR, NaN where a block has fewer than 16 usable differences."
     d = np.full(len(flux), np.nan)
@@ -29,6 +31,7 @@ def _block_noise(flux, block):
     blocks = np.split(d, np.arange(block, len(flux), block))
     return np.array([1.482602 / np.sqrt(6) * np.nanmedian(b) if np.isfinite(b).sum() >= 16 else np.nan for b in blocks])
 
+# %% ../nbs/01_spectra.ipynb #b3622224
 def estimate_ivar(
     flux:np.ndarray, # (wavelength,) flux density; exact zeros and NaN count as missing
     block:int=512 # number of pixels over which the noise is taken as constant [pixel]
@@ -42,11 +45,12 @@ def estimate_ivar(
     noise = np.interp(np.arange(len(noise)), np.flatnonzero(known), noise[known])
     return np.where(missing, 0, np.repeat(noise, block)[:len(flux)]**-2).astype(np.float32)
 
-# %% ../nbs/01_spectra.ipynb #e9b282f1
+# %% ../nbs/01_spectra.ipynb #e8a8e645
 def _as_text(values):
     "Fixed-length Unicode from any array of text."
     return np.array([v.decode() if isinstance(v, bytes) else str(v) for v in np.atleast_1d(values).tolist()], dtype=str)
 
+# %% ../nbs/01_spectra.ipynb #bab7f6a3
 def _coordinate(name, value, role):
     value, attrs = value if isinstance(value, tuple) else (value, {})
     value = np.atleast_1d(np.asarray(value))
@@ -87,10 +91,11 @@ def make_spectra(
     coordinates["wavelength"] = ("wavelength", np.asarray(wavelength, float), dict(units="Angstrom", medium=medium, frame=frame))
     return _assemble(flux, ivar, origin, coordinates, attrs)
 
-# %% ../nbs/01_spectra.ipynb #758ee14e
+# %% ../nbs/01_spectra.ipynb #dedc97f3
 def _check(condition, message):
     if not condition: raise ContractError(message)
 
+# %% ../nbs/01_spectra.ipynb #0192f275
 def _check_wavelength(ds):
     wave = ds["wavelength"]
     _check(wave.dims == ("wavelength",) and wave.dtype == np.float64, f"wavelength must be a float64 coordinate along its own dimension, not {wave.dtype} along {wave.dims}: assign ds['wavelength'].astype('float64')")
@@ -101,7 +106,7 @@ def _check_wavelength(ds):
     _check(wave.attrs.get("medium") in MEDIA, f"wavelength has medium {wave.attrs.get('medium')!r}: set attrs['medium'] to one of {MEDIA}")
     _check(wave.attrs.get("frame") in FRAMES, f"wavelength has frame {wave.attrs.get('frame')!r}: set attrs['frame'] to one of {FRAMES}")
 
-# %% ../nbs/01_spectra.ipynb #bfc84968
+# %% ../nbs/01_spectra.ipynb #a556f09e
 def _check_ids(ds):
     _check("spectrum_id" in ds.coords, "spectrum_id is missing: assign a unique string to every spectrum, for example the file name")
     ids = _as_text(ds["spectrum_id"].values)
@@ -110,6 +115,7 @@ def _check_ids(ds):
     _check(not repeated, f"spectrum_id is not unique: {repeated} {'stand' if ',' in repeated else 'stands'} more than once; drop the duplicates or rename them")
     _check("" not in unique, "spectrum_id holds an empty string: name every spectrum")
 
+# %% ../nbs/01_spectra.ipynb #37e12146
 def validate(
     ds:xr.Dataset # spectra
 ) -> xr.Dataset: # the same object
@@ -122,24 +128,34 @@ def validate(
     _check_wavelength(ds); _check_ids(ds)
     return ds
 
-# %% ../nbs/01_spectra.ipynb #2224596e
+# %% ../nbs/01_spectra.ipynb #7bc525ed
 @xr.register_dataset_accessor("spec")
 class SpectraAccessor:
     "Spectra as astronomers ask for them: `ds.spec.labels`, `ds.spec.velocity_step`, `ds.spec.select_range(lo, hi)`, ..."
     def __init__(self, ds): self._ds = ds
     def _role(self, role): return {n: c for n, c in sorted(self._ds.coords.items()) if c.attrs.get("role") == role}
-    @property
-    def labels(self) -> dict: return self._role("label") # name -> DataArray (spectrum,)
-    @property
-    def factors(self) -> dict: return self._role("factor") # name -> DataArray (spectrum,)
-    @property
-    def velocity_step(self) -> float: return velocity_step(self._ds["wavelength"].values) # [km/s]
-    @property
-    def good(self) -> xr.DataArray: return self._ds["ivar"] > 0 # (spectrum, wavelength) usable pixels
     def validate(self) -> xr.Dataset: return validate(self._ds)
-    def select_range(self, low, high) -> xr.Dataset: return self._ds.sel(wavelength=slice(low, high)) # [Angstrom]
 
-# %% ../nbs/01_spectra.ipynb #596ca4c6
+# %% ../nbs/01_spectra.ipynb #f36ade3d
+@patch(as_prop=True)
+def labels(self:SpectraAccessor) -> dict: return self._role("label") # name -> DataArray (spectrum,)
+
+@patch(as_prop=True)
+def factors(self:SpectraAccessor) -> dict: return self._role("factor") # name -> DataArray (spectrum,)
+
+# %% ../nbs/01_spectra.ipynb #339d3a52
+@patch(as_prop=True)
+def velocity_step(self:SpectraAccessor) -> float: return velocity_step(self._ds["wavelength"].values) # [km/s]
+
+# %% ../nbs/01_spectra.ipynb #8f0297a4
+@patch(as_prop=True)
+def good(self:SpectraAccessor) -> xr.DataArray: return self._ds["ivar"] > 0 # (spectrum, wavelength) usable pixels
+
+# %% ../nbs/01_spectra.ipynb #1da87544
+@patch
+def select_range(self:SpectraAccessor, low, high) -> xr.Dataset: return self._ds.sel(wavelength=slice(low, high)) # [Angstrom]
+
+# %% ../nbs/01_spectra.ipynb #8cc4c326
 def _median_flux(flux, ivar):
     "Median of the usable flux, along the last axis; NaN where nothing is usable."
     usable = np.where(ivar > 0, flux, np.nan)
@@ -147,6 +163,7 @@ def _median_flux(flux, ivar):
     usable[empty] = 0
     return np.where(empty, np.nan, np.nanmedian(usable, -1))
 
+# %% ../nbs/01_spectra.ipynb #6145f4df
 def normalise(
     ds:xr.Dataset # spectra
 ) -> xr.Dataset: # flux in units of each spectrum's median; coordinate `median_flux` keeps the divisor
@@ -160,7 +177,7 @@ def normalise(
 
 SpectraAccessor.normalise = lambda self: normalise(self._ds)
 
-# %% ../nbs/01_spectra.ipynb #fc5c5268
+# %% ../nbs/01_spectra.ipynb #33f20435
 def _storable(ds, chunk_rows):
     text = [n for n, c in ds.coords.items() if c.dtype.kind in "UT"]
     ds = ds.assign_coords({n: ds[n].astype(object) for n in text})
@@ -169,6 +186,7 @@ def _storable(ds, chunk_rows):
     rows = {"spectrum": chunk_rows, "wavelength": -1, "latent": -1}
     return ds.assign({n: v.chunk({d: rows[d] for d in v.dims}) for n, v in ds.data_vars.items()})
 
+# %% ../nbs/01_spectra.ipynb #b07cfcbd
 def _rows_for(ds, chunk_rows):
     "Rows of a chunk: as asked, or about 16 MB of float32."
     return chunk_rows or int(np.clip(4_000_000 // ds.sizes.get("wavelength", 1), 1, 4096))
@@ -188,7 +206,7 @@ def open_store(
     try: return validate_latents(ds) if "latent" in ds.dims else validate(ds)
     except ContractError as e: raise ContractError(f"{path}: {e}") from e
 
-# %% ../nbs/01_spectra.ipynb #2e20ee08
+# %% ../nbs/01_spectra.ipynb #edeacc50
 def _same_grid(a, b):
     "Reason why two Datasets cannot share a store, or an empty string."
     x, y = a.wavelength, b.wavelength
@@ -198,6 +216,7 @@ def _same_grid(a, b):
     if not np.allclose(x, y, rtol=1e-9): return f"wavelengths {y.values[0]:.3f}-{y.values[-1]:.3f} instead of {x.values[0]:.3f}-{x.values[-1]:.3f} Angstrom"
     return ""
 
+# %% ../nbs/01_spectra.ipynb #f9bae4f4
 def _align(ds, old):
     "Give rows to be appended the columns of the store: missing ones empty, new ones refused by name."
     new = [n for n in ds.coords if n not in old.coords]
@@ -216,7 +235,17 @@ def _append(ds, path):
     rows = _storable(_align(ds, old).drop_vars("wavelength").compute(), None)
     rows.drop_attrs().assign_attrs(old.attrs).to_zarr(path, append_dim="spectrum", zarr_format=3, consolidated=False, safe_chunks=False)
 
-# %% ../nbs/01_spectra.ipynb #34499947
+# %% ../nbs/01_spectra.ipynb #011bac71
+def _write(ds, path):
+    "Write a Zarr store beside its place, then move it there; a store that stood there is gone only after that."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    ds.to_zarr(part, zarr_format=3, consolidated=False, mode="w")
+    if path.exists(): path.rename(old := path.with_name(path.name + ".old")); part.rename(path); shutil.rmtree(old)
+    else: part.rename(path)
+
+# %% ../nbs/01_spectra.ipynb #433943bd
 def save_store(
     ds:xr.Dataset, # spectra or latents
     path, # folder to write
@@ -231,12 +260,7 @@ def save_store(
     (validate_latents if latents else validate)(ds)
     if path.exists() and append and not latents: _append(ds, path); return path
     if path.exists() and not overwrite: raise FileExistsError(f"{path} exists: pass append=True to add rows or overwrite=True to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    _storable(ds, _rows_for(ds, chunk_rows)).to_zarr(part, zarr_format=3, consolidated=False, mode="w")
-    if path.exists(): path.rename(old := path.with_name(path.name + ".old")); part.rename(path); shutil.rmtree(old)
-    else: part.rename(path)
+    _write(_storable(ds, _rows_for(ds, chunk_rows)), path)
     return path
 
 # %% ../nbs/01_spectra.ipynb #4b28f138

@@ -35,13 +35,14 @@ def log_grid(
     if not (0 < start < stop and n_pixels > 1): raise ValueError(f"log_grid: need 0 < start < stop and n_pixels > 1, not {start}, {stop}, {n_pixels}")
     return np.geomspace(start, stop, n_pixels)
 
-# %% ../nbs/00_wave.ipynb #0f75ce08
+# %% ../nbs/00_wave.ipynb #0bb85f1a
 def velocity_step(
     wavelength:np.ndarray # (wavelength,) increasing [Angstrom]
 ) -> float: # width of the median pixel [km/s]
     "Median pixel width as a velocity, c times the step in the logarithm of wavelength."
     return float(SPEED_OF_LIGHT * np.median(np.diff(np.log(wavelength))))
 
+# %% ../nbs/00_wave.ipynb #e8ae2b39
 def pixel_edges(
     wavelength:np.ndarray # (wavelength,) pixel centres, increasing [Angstrom]
 ) -> np.ndarray: # (wavelength + 1,) pixel borders [Angstrom]
@@ -66,11 +67,12 @@ def doppler_shift(
     "Where light emitted at `wavelength` is observed."
     return np.asarray(wavelength, float) * doppler_factor(velocity)
 
-# %% ../nbs/00_wave.ipynb #9c3df91c
+# %% ../nbs/00_wave.ipynb #27ffe812
 def _refractive_index(vacuum):
     s2 = (1e4 / vacuum)**2
     return 1 + 8.34254e-5 + 0.02406147 / (130 - s2) + 1.5998e-4 / (38.9 - s2)
 
+# %% ../nbs/00_wave.ipynb #6bb57499
 def vacuum_to_air(
     wavelength:np.ndarray # (wavelength,) in vacuum [Angstrom]
 ) -> np.ndarray: # (wavelength,) in standard air [Angstrom]
@@ -79,6 +81,7 @@ def vacuum_to_air(
     if np.any(vacuum < 2000): raise ValueError("vacuum_to_air: wavelengths below 2000 Angstrom; are they in nm?")
     return vacuum / _refractive_index(vacuum)
 
+# %% ../nbs/00_wave.ipynb #da14014f
 def air_to_vacuum(
     wavelength:np.ndarray # (wavelength,) in standard air [Angstrom]
 ) -> np.ndarray: # (wavelength,) in vacuum [Angstrom]
@@ -126,12 +129,13 @@ def _merge_pixels(old, flux, ivar, new, min_coverage, out):
             if np.isfinite(value) and np.isfinite(weight): out[0, j], out[1, j] = value, weight
         new_low = new_high
 
-# %% ../nbs/00_wave.ipynb #d26126d1
+# %% ../nbs/00_wave.ipynb #425bf171
 @lru_cache(maxsize=1)
 def _compiled():
     from numba import njit
     return njit(cache=True, nogil=True, error_model="numpy")(_merge_pixels)
 
+# %% ../nbs/00_wave.ipynb #4d9b4886
 def resample(
     wavelength:np.ndarray, # (wavelength,) old pixel centres, increasing [Angstrom]
     flux:np.ndarray, # (..., wavelength) flux density
