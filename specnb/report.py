@@ -36,12 +36,13 @@ def figure_svg(
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
     return re.sub(r"(fill|stroke): ?#000000", r"\1: currentColor", text)
 
-# %% ../nbs/42_report.ipynb #74bf80ce
+# %% ../nbs/42_report.ipynb #c5f18087
 def _cell(value):
     if isinstance(value, (bool, np.bool_)): return "yes" if value else "no"
     if isinstance(value, (float, np.floating)): return "–" if not np.isfinite(value) else f"{value:.0f}" if value == round(value) and abs(value) < 1e6 else f"{value:.3g}"
     return escape(str(value))
 
+# %% ../nbs/42_report.ipynb #5d1b4aea
 def table_html(
     frame:pd.DataFrame, # of numbers, words and truths
 )->str:                 # a <table> element
@@ -50,13 +51,15 @@ def table_html(
     rows = ("".join(f"<td>{_cell(value)}</td>" for value in row) for row in frame.itertuples(index=False))
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></div>"
 
-# %% ../nbs/42_report.ipynb #b0a7c29a
+# %% ../nbs/42_report.ipynb #fe96f372
 def _section(title, words, *parts):
     inside = "".join(f"<figure>{part}</figure>" if part.startswith("<svg") else part for part in parts if part)
     return f"<section id='{title.lower().replace(' ', '-')}'><h2>{escape(title)}</h2><p>{words}</p>{inside}</section>" if inside else ""
 
+# %% ../nbs/42_report.ipynb #9f6c1535
 def _fold(title, inside): return f"<details><summary>{escape(title)}</summary>{inside}</details>"
 
+# %% ../nbs/42_report.ipynb #6ae8dbb7
 def best_pairs(
     association:xr.Dataset, # (latent, label)
     n_most:int=4,           # pairs
@@ -68,7 +71,7 @@ def best_pairs(
     table = table.sort_values("mi", ascending=False).drop_duplicates("label").head(n_most)
     return [(int(latent), str(label)) for latent, label in zip(table["latent"], table["label"])]
 
-# %% ../nbs/42_report.ipynb #2aa16ae1
+# %% ../nbs/42_report.ipynb #445e40db
 def _related_section(association, dimensions, findings):
     if association is None or not association.sizes.get("label"): return ""
     words = ("Each cell relates a node to a label. Rank correlation sees monotone relations, mutual information any. "
@@ -78,13 +81,14 @@ def _related_section(association, dimensions, findings):
     full = _fold("All pairs of node and label", table_html(association.to_dataframe().reset_index()))
     return _section("What the nodes follow", words, table, *figures, full)
 
+# %% ../nbs/42_report.ipynb #974b0e1f
 def _scatter_section(latents, association):
     pairs = [] if association is None else [(node, label) for node, label in best_pairs(association) if label in latents.coords]
     figures = [figure_svg(scatter_figure(latents, label, node), f"scatter-{i}") for i, (node, label) in enumerate(pairs)]
     words = "The strongest significant relation of each label, one point a spectrum, with the running median and the central 68&nbsp;%."
     return _section("The clouds behind the numbers", words, f"<div class='grid'>{''.join(f'<figure>{part}</figure>' for part in figures)}</div>" if figures else "")
 
-# %% ../nbs/42_report.ipynb #1d658ca3
+# %% ../nbs/42_report.ipynb #5ee11de9
 def _dimension_section(dimensions):
     if dimensions is None: return ""
     words = "How much each node carries, by several criteria. A node that is not informative follows nothing, whatever its correlation."
@@ -93,19 +97,13 @@ def _dimension_section(dimensions):
     figure = figure_svg(dimensions_figure(dimensions), "dimensions")
     return _section("Which nodes are informative", words, figure, table_html(frame[first]), _fold("All criteria with intervals", table_html(frame)))
 
-def _traversal_section(latents, dimensions, decode, wavelength, n_most=6):
-    if decode is None: return ""
-    from_row = _typical(latents)
-    figures = [_traversal(latents, place, decode, wavelength, from_row) for place in _widest(latents, dimensions)[:n_most]]
-    words = "One spectrum of the data, decoded while a single node runs from its 5&nbsp;% to its 95&nbsp;% quantile; below, the change of the flux per standard deviation of the node."
-    return _section("What the nodes do", words, *figures)
-
-# %% ../nbs/42_report.ipynb #bb5c1737
+# %% ../nbs/42_report.ipynb #7d46b8b5
 def _typical(latents):
     mean = latents["mean"].values
     distance = np.abs((mean - np.nanmedian(mean, axis=0)) / (np.nanstd(mean, axis=0) + 1e-12)).sum(1)
     return int(np.nanargmin(distance))
 
+# %% ../nbs/42_report.ipynb #6d3cef55
 def _widest(latents, dimensions):
     width, names = np.nanvar(latents["mean"].values, axis=0), latents["latent"].values
     if dimensions is not None and "informative" in dimensions:
@@ -113,13 +111,22 @@ def _widest(latents, dimensions):
         width = np.where(yes, width, -1) if yes.any() else width
     return [int(place) for place in np.argsort(-width, kind="stable") if width[place] >= 0]
 
+# %% ../nbs/42_report.ipynb #e0006d22
 def _traversal(latents, place, decode, wavelength, row):
     column, code = latents["mean"].values[:, place], latents["mean"].values[row]
     moved = traverse(decode, code, place, np.nanpercentile(column, [5, 27.5, 50, 72.5, 95]), wavelength).assign_attrs(units="", node=int(latents["latent"].values[place]))
     change = response(decode, code, place, scale=float(np.nanstd(column)) or 1.0, per="std", wavelength=wavelength)
     return figure_svg(traversal_figure(moved, change), f"traversal-{place}")
 
-# %% ../nbs/42_report.ipynb #b7290901
+# %% ../nbs/42_report.ipynb #709258d3
+def _traversal_section(latents, dimensions, decode, wavelength, n_most=6):
+    if decode is None: return ""
+    from_row = _typical(latents)
+    figures = [_traversal(latents, place, decode, wavelength, from_row) for place in _widest(latents, dimensions)[:n_most]]
+    words = "One spectrum of the data, decoded while a single node runs from its 5&nbsp;% to its 95&nbsp;% quantile; below, the change of the flux per standard deviation of the node."
+    return _section("What the nodes do", words, *figures)
+
+# %% ../nbs/42_report.ipynb #242bc86f
 def _spectrum_section(latents, spectra, recipe, decode):
     if spectra is None or decode is None or "spectrum_id" not in latents.coords: return ""
     row = _typical(latents)
@@ -131,9 +138,15 @@ def _spectrum_section(latents, spectra, recipe, decode):
     words = "A typical spectrum, its reconstruction from the nodes alone, and the difference in units of its uncertainty. Masked ranges are shaded."
     return _section("A spectrum and its reconstruction", words, figure_svg(spectrum_figure(one, rebuilt), "spectrum"))
 
+# %% ../nbs/42_report.ipynb #d54fcf7d
 def _history_section(history):
     if history is None or not len(history): return ""
     return _section("Training", "Loss terms by epoch.", figure_svg(history_figure(history), "history"))
+
+# %% ../nbs/42_report.ipynb #92f2223b
+def _config_section(config):
+    if not config: return ""
+    return _section("How to repeat it", "The settings of this run, as in its config.json.", _fold("config.json", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"))
 
 # %% ../nbs/42_report.ipynb #5460eebf
 _STYLE = """
@@ -163,6 +176,14 @@ def _facts(latents, dimensions, decode, wavelength, split):
     if split: facts["spectra in the statistics"] = str(split)
     return "".join(f"<span><b>{escape(value)}</b>{escape(name)}</span>" for name, value in facts.items())
 
+# %% ../nbs/42_report.ipynb #ca59d996
+def _document(title, facts, sections):
+    names = re.findall(r"<section id='([^']+)'><h2>(.*?)</h2>", "".join(sections))
+    links = "".join(f"<a href='#{name}'>{words}</a>" for name, words in names)
+    return (f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><div class='facts'>{facts}</div><nav>{links}</nav>"
+            f"{''.join(sections)}</body></html>\n")
+
 # %% ../nbs/42_report.ipynb #c386d1ba
 def report_html(
     *,
@@ -184,18 +205,6 @@ def report_html(
              _traversal_section(latents, dimensions, decode, wavelength), _spectrum_section(latents, spectra, recipe, decode), _history_section(history),
              _config_section(config)]
     return _document(title, _facts(latents, dimensions, decode, wavelength, split), [part for part in parts if part])
-
-# %% ../nbs/42_report.ipynb #6705d078
-def _config_section(config):
-    if not config: return ""
-    return _section("How to repeat it", "The settings of this run, as in its config.json.", _fold("config.json", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"))
-
-def _document(title, facts, sections):
-    names = re.findall(r"<section id='([^']+)'><h2>(.*?)</h2>", "".join(sections))
-    links = "".join(f"<a href='#{name}'>{words}</a>" for name, words in names)
-    return (f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-            f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><div class='facts'>{facts}</div><nav>{links}</nav>"
-            f"{''.join(sections)}</body></html>\n")
 
 # %% ../nbs/42_report.ipynb #12263f72
 def inspect_cells()->list: # (kind, source) of each cell, kind "markdown" or "code"
