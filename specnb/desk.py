@@ -19,7 +19,20 @@ from sklearn.isotonic import IsotonicRegression
 from .simulate import named_lines
 from .wave import air_to_vacuum, doppler_factor
 
-# %% ../nbs/40_desk.ipynb #87fb079b
+# %% ../nbs/40_desk.ipynb #f30a7508
+def _unit_spread(values, own):
+    "Nodes with mean zero and unit spread over their own rows; one that does not move is zero."
+    spread = values[own].std(0)
+    return (values - values[own].mean(0)) / np.where(spread > 0, spread, np.inf)
+
+# %% ../nbs/40_desk.ipynb #d231663b
+def _main_axes(unit):
+    "First two axes of the scatter, the largest weight of each positive, and the share of the scatter along them."
+    _, size, axes = np.linalg.svd(np.cov(unit, rowvar=False, ddof=0).reshape(unit.shape[1], -1))
+    axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), np.abs(axes[:2]).argmax(1)])[:, None]
+    return axes, np.resize(size / max(size.sum(), 1e-300), 2)
+
+# %% ../nbs/40_desk.ipynb #2f58d442
 def principal_map(
     values:np.ndarray, # (spectrum, node) NaN rows keep no place
     n_own:int=None,    # the first so many make the plane, the rest are placed on it; `None`: all
@@ -27,15 +40,19 @@ def principal_map(
     "First two principal components of the standardised nodes. The sign is fixed: the largest weight is positive."
     values, good = np.asarray(values, float), np.isfinite(values).all(1)
     own = good & (np.arange(len(values)) < (n_own or len(values)))
-    spread = values[own].std(0)
-    unit = (values - values[own].mean(0)) / np.where(spread > 0, spread, np.inf)
-    _, size, axes = np.linalg.svd(np.cov(unit[own], rowvar=False, ddof=0).reshape(unit.shape[1], -1))
-    axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), np.abs(axes[:2]).argmax(1)])[:, None]
+    unit = _unit_spread(values, own)
+    axes, share = _main_axes(unit[own])
     place = np.zeros((len(values), 2))
     place[:, :len(axes)] = unit @ axes.T
-    return np.where(good[:, None], place, np.nan), np.resize(size / max(size.sum(), 1e-300), 2)
+    return np.where(good[:, None], place, np.nan), share
 
-# %% ../nbs/40_desk.ipynb #084ff625
+# %% ../nbs/40_desk.ipynb #95d5edde
+def _umap():
+    "The package umap-learn, or an `ImportError` that tells how to get it."
+    try: return importlib.import_module("umap")
+    except ImportError: raise ImportError("UMAP needs the package umap-learn: pip install umap-learn, then start again; PCA needs nothing") from None
+
+# %% ../nbs/40_desk.ipynb #aa47f939
 def neighbour_map(
     values:np.ndarray,     # (spectrum, node) NaN rows keep no place
     seed:int=0,            # of the layout
@@ -43,13 +60,10 @@ def neighbour_map(
     n_own:int=None,        # the first so many may be learnt from, the rest are only placed; `None`: all
 )->np.ndarray:             # (spectrum, 2)
     "UMAP of the standardised nodes. Raises `ImportError`, with the mend, where umap-learn is not installed, `ValueError` below 20 spectra."
-    try: umap = importlib.import_module("umap")
-    except ImportError: raise ImportError("UMAP needs the package umap-learn: pip install umap-learn, then start again; PCA needs nothing") from None
-    good = np.flatnonzero(np.isfinite(values).all(1))
+    umap, good = _umap(), np.flatnonzero(np.isfinite(values).all(1))
     if len(good) < 20: raise ValueError(f"UMAP of {len(good)} spectra says nothing: use PCA")
     own = good[good < (n_own or len(values))]
-    spread = values[own].std(0)
-    unit = ((values - values[own].mean(0)) / np.where(spread > 0, spread, np.inf)).astype(np.float32)
+    unit = _unit_spread(values, own).astype(np.float32)
     learn = np.sort(np.random.default_rng(seed).permutation(own)[:n_learn])
     model = umap.UMAP(random_state=seed, n_jobs=1).fit(unit[learn])
     place = np.full((len(values), 2), np.nan)
@@ -57,7 +71,13 @@ def neighbour_map(
     if len(rest): place[rest] = model.transform(unit[rest])
     return place
 
-# %% ../nbs/40_desk.ipynb #820b18d0
+# %% ../nbs/40_desk.ipynb #41466cc1
+def _velocity_bins(x, v, n_bins):
+    "Median of x, and 16, 50 and 84 % of v, in bins of equal number along x: (bin, 4)."
+    bins = np.array_split(np.argsort(x, kind="stable"), max(2, min(n_bins, len(x) // 10)))
+    return np.array([(np.median(x[b]), *np.percentile(v[b], [16, 50, 84])) for b in bins])
+
+# %% ../nbs/40_desk.ipynb #aeda8c09
 def calibrate_velocity(
     values:np.ndarray,     # (spectrum,) of a node
     velocity:np.ndarray,   # (spectrum,) [km/s], NaN where unknown
@@ -70,10 +90,9 @@ def calibrate_velocity(
     if len(x) < 20: raise ValueError(f"{len(x)} spectra with a velocity do not make a calibration: 20 are needed")
     rho = float(spearmanr(x, v)[0]) if np.ptp(x) > 0 and np.ptp(v) > 0 else 0.
     if not abs(rho) >= weakest: raise ValueError(f"Spearman correlation with velocity is {rho:+.2f}, under {weakest}: this node is no velocity, or bends back")
-    bins = np.array_split(np.argsort(x, kind="stable"), max(2, min(n_bins, len(x) // 10)))
-    middle = np.array([(np.median(x[b]), *np.percentile(v[b], [16, 50, 84])) for b in bins])
-    smooth = IsotonicRegression(increasing=rho > 0).fit_transform(middle[:, 0], middle[:, 2])
-    table = pd.DataFrame({"value": middle[:, 0], "velocity": smooth, "width": (middle[:, 3] - middle[:, 1]) / 2})
+    value, low, middle, high = _velocity_bins(x, v, n_bins).T
+    smooth = IsotonicRegression(increasing=rho > 0).fit_transform(value, middle)
+    table = pd.DataFrame({"value": value, "velocity": smooth, "width": (high - low) / 2})
     table.attrs.update(spearman=rho, n=len(x))
     return table
 
@@ -88,7 +107,7 @@ def node_velocity(
     if not known[0] - reach <= value <= known[-1] + reach: return np.nan, np.nan
     return tuple(float(np.interp(value, known, calibration[name])) for name in ("velocity", "width"))
 
-# %% ../nbs/40_desk.ipynb #021e7577
+# %% ../nbs/40_desk.ipynb #6311ae79
 def default_lines(
     medium:str="air", # of the grid
 )->pd.DataFrame:      # wavelength [Angstrom], name, strength
@@ -97,13 +116,19 @@ def default_lines(
     wavelength = air_to_vacuum(lines["wavelength"].to_numpy()) if medium == "vacuum" else lines["wavelength"].to_numpy()
     return pd.DataFrame({"wavelength": wavelength, "name": lines["species"], "strength": lines["log_gf"] - lines["excitation"]})
 
+# %% ../nbs/40_desk.ipynb #194ea893
+def _text_table(text):
+    "Columns of text as they stand; `ValueError` for what is no table."
+    between = next((sign for sign in ";\t," if sign in text), r"\s+")
+    try: return pd.read_csv(StringIO(text), sep=between, comment="#", header=None, dtype=str, nrows=100_000)
+    except Exception as error: raise ValueError(f"the line list is no table of text: {error}") from None
+
+# %% ../nbs/40_desk.ipynb #7f50fc92
 def read_lines(
     text:str,      # comma, semicolon, tab or space between columns; a header or none
 )->pd.DataFrame:   # wavelength [Angstrom], name, strength
     "A line list from text. Raises `ValueError` naming what is missing."
-    between = next((sign for sign in ";\t," if sign in text), r"\s+")
-    try: table = pd.read_csv(StringIO(text), sep=between, comment="#", header=None, dtype=str, nrows=100_000)
-    except Exception as error: raise ValueError(f"the line list is no table of text: {error}") from None
+    table = _text_table(text)
     numbers = table.apply(pd.to_numeric, errors="coerce")
     wave = next((name for name in table if numbers[name].between(500, 5e5).mean() >= 0.5), None)
     if wave is None: raise ValueError("the line list has no column of wavelengths in Angstrom (500 to 500,000)")
@@ -112,7 +137,16 @@ def read_lines(
     kept = numbers[wave].notna()
     return pd.DataFrame({"wavelength": numbers[wave], "name": names, "strength": 0.})[kept].sort_values("wavelength", ignore_index=True)
 
-# %% ../nbs/40_desk.ipynb #66d527e6
+# %% ../nbs/40_desk.ipynb #7c0d8be7
+def _with_room(places, gap, n_most):
+    "Positions, those that stand first preferred, which keep a gap from each other."
+    kept = []
+    for i, place in enumerate(places):
+        if len(kept) >= n_most: break
+        if all(abs(place - places[other]) > gap for other in kept): kept.append(i)
+    return kept
+
+# %% ../nbs/40_desk.ipynb #3cde7562
 def lines_in_sight(
     lines:pd.DataFrame,      # wavelength [Angstrom] at rest, name, strength
     x_range:tuple,           # visible range [Angstrom]
@@ -123,13 +157,10 @@ def lines_in_sight(
     low, high = sorted(x_range)
     seen = lines.assign(wavelength=lines["wavelength"] * doppler_factor(velocity))
     seen = seen[seen["wavelength"].between(low, high)].sort_values("strength", ascending=False, kind="stable")
-    kept = []
-    for place, wavelength in zip(seen.index, seen["wavelength"]):
-        if len(kept) >= n_most: break
-        if all(abs(wavelength - other) > 0.012 * (high - low) for _, other in kept): kept.append((place, wavelength))
-    return seen.loc[[place for place, _ in kept]].sort_values("wavelength", ignore_index=True)
+    kept = _with_room(seen["wavelength"].to_numpy(), 0.012 * (high - low), n_most)
+    return seen.iloc[kept].sort_values("wavelength", ignore_index=True)
 
-# %% ../nbs/40_desk.ipynb #e5b6fdb3
+# %% ../nbs/40_desk.ipynb #44864ccd
 def rows_inside(
     table:pd.DataFrame, # `row`, `x`, `y`, from `specnb.plots.scatter_table`
     outline:np.ndarray, # (corner, 2) of the lasso, or the two corners of a box
@@ -140,6 +171,7 @@ def rows_inside(
     else: inside = Outline(outline).contains_points(points)
     return table["row"].to_numpy()[inside]
 
+# %% ../nbs/40_desk.ipynb #b5d4ffbc
 def row_at(
     table:pd.DataFrame, # `row`, `x`, `y`
     x:float,            # of the click
@@ -177,15 +209,23 @@ def notebook_cell(
         lines[-1] += f" {word}"
     return "\n".join([*lines, "]", 'selection = latents.isel(spectrum=np.isin(latents["spectrum_id"].values.astype(str), chosen))'])
 
-# %% ../nbs/40_desk.ipynb #c6bf5380
-_STATE = {"specnb": (int, 1), "spectrum": (str, 200), "node": (int, 10**6), "label": (str, 200), "code": (list, 4096), "chosen": (list, 10**6)} | dict.fromkeys(("tab", "across", "up", "colour"), (str, 200))
-
+# %% ../nbs/40_desk.ipynb #2c2252be
 def write_state(
     **entries, # spectrum, node, label, code, chosen, tab, across, up, colour
 )->str:        # JSON
     "A state of the inspector as text."
     return json.dumps({"specnb": 1} | {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in entries.items()})
 
+# %% ../nbs/40_desk.ipynb #6e83d6fd
+_STATE = {"specnb": (int, 1), "spectrum": (str, 200), "node": (int, 10**6), "label": (str, 200), "code": (list, 4096), "chosen": (list, 10**6)} | dict.fromkeys(("tab", "across", "up", "colour"), (str, 200))
+
+def _check_entry(name, value):
+    "Raise `ValueError` for an entry of a state that is unknown, of another type, or too large."
+    kind, most = _STATE.get(name, (None, 0))
+    if kind is None: raise ValueError(f"this state has an unknown entry {name[:40]!r}")
+    if type(value) is not kind or (abs(value) if kind is int else len(value)) > most: raise ValueError(f"the entry {name!r} of this state is no {kind.__name__} of permitted size")
+
+# %% ../nbs/40_desk.ipynb #47add517
 def read_state(
     text, # str or bytes
 )->dict:  # the entries of `write_state` that are there
@@ -193,10 +233,7 @@ def read_state(
     try: state = json.loads(text)
     except (ValueError, UnicodeDecodeError, RecursionError): raise ValueError("this is no saved state: it is not JSON") from None
     if not isinstance(state, dict) or state.get("specnb") != 1: raise ValueError('this is no saved state of the inspector: the entry "specnb": 1 is missing')
-    for name, value in state.items():
-        kind, most = _STATE.get(name, (None, 0))
-        if kind is None: raise ValueError(f"this state has an unknown entry {name[:40]!r}")
-        if type(value) is not kind or (abs(value) if kind is int else len(value)) > most: raise ValueError(f"the entry {name!r} of this state is no {kind.__name__} of permitted size")
+    for name, value in state.items(): _check_entry(name, value)
     if not all(type(value) in (int, float) and np.isfinite(value) for value in state.get("code", [])): raise ValueError("the code of this state holds something that is no number")
     if not all(type(value) is str and len(value) <= 200 for value in state.get("chosen", [])): raise ValueError("the selection of this state holds something that is no id")
     return {name: value for name, value in state.items() if name != "specnb"}
