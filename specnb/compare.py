@@ -18,7 +18,7 @@ from .disentangle import match_nodes
 from .plots import CYCLE, TABLE, correlation_matrix, empty_figure, empty_view, history_terms, matrix_figure, StillFigure
 from .session import shown_nodes
 
-# %% ../nbs/43_compare.ipynb #cfaa1844
+# %% ../nbs/43_compare.ipynb #bf7e482d
 def shared_spectra(
     latents_a:xr.Dataset, # (spectrum, latent)
     latents_b:xr.Dataset, # (spectrum, latent)
@@ -29,6 +29,7 @@ def shared_spectra(
     if len(common) < 20: raise ValueError(f"the runs have {len(common)} spectra in common: encode the same store with both (specnb encode)")
     return latents_a.isel(spectrum=rows_a), latents_b.isel(spectrum=rows_b)
 
+# %% ../nbs/43_compare.ipynb #553a56d8
 def matched_nodes(
     latents_a:xr.Dataset,         # (spectrum, latent)
     latents_b:xr.Dataset,         # (spectrum, latent)
@@ -39,7 +40,12 @@ def matched_nodes(
     a, b = shared_spectra(latents_a, latents_b)
     return match_nodes(a.sel(latent=shown_nodes(a, dimensions_a)), b.sel(latent=shown_nodes(b, dimensions_b)))
 
-# %% ../nbs/43_compare.ipynb #87a430d7
+# %% ../nbs/43_compare.ipynb #16daea5a
+def _in_order(latents, dimensions, matched):
+    "The shown nodes of a run, those that were matched first and in the order of the match."
+    return [*matched, *[node for node in shown_nodes(latents, dimensions) if node not in set(matched)]]
+
+# %% ../nbs/43_compare.ipynb #91aaea2f
 def match_matrix(
     latents_a:xr.Dataset,         # (spectrum, latent)
     latents_b:xr.Dataset,         # (spectrum, latent)
@@ -50,17 +56,17 @@ def match_matrix(
     "Rank correlations between the informative nodes of two runs, matched pairs first."
     a, b = shared_spectra(latents_a, latents_b)
     pairs = matched_nodes(a, b, dimensions_a, dimensions_b)
-    rest = lambda latents, dimensions, column: [*pairs[column], *[node for node in shown_nodes(latents, dimensions) if node not in set(pairs[column])]]
-    rows, columns = rest(a, dimensions_a, "latent_a"), rest(b, dimensions_b, "latent_b")
+    rows, columns = _in_order(a, dimensions_a, pairs["latent_a"]), _in_order(b, dimensions_b, pairs["latent_b"])
     values = spearman_matrix(a["mean"].sel(latent=rows).values.astype(float), b["mean"].sel(latent=columns).values.astype(float))
     shape = xr.DataArray(values, dims=("latent", "label"), coords={"latent": rows, "label": [f"node {node} of {names[1]}" for node in columns]})
     return xr.Dataset({"spearman": shape, "n": xr.full_like(shape, a.sizes["spectrum"]), "p": xr.full_like(shape, np.nan), "q": xr.full_like(shape, np.nan)})
 
-# %% ../nbs/43_compare.ipynb #87a044f5
+# %% ../nbs/43_compare.ipynb #64af2dbb
 def _common_terms(history_a, history_b, n_most=4):
     tables = [history_terms(history)[0] for history in (history_a, history_b)]
     return tables, [name for name in tables[0] if name in tables[1]][:n_most]
 
+# %% ../nbs/43_compare.ipynb #1219ad08
 def histories_view(
     history_a:pd.DataFrame,   # one row an epoch
     history_b:pd.DataFrame,   # one row an epoch
@@ -95,7 +101,13 @@ def histories_figure(
     ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-# %% ../nbs/43_compare.ipynb #61d3bd06
+# %% ../nbs/43_compare.ipynb #1adb0d39
+def _partners(table, names):
+    "The table of pairs, with the names of the runs above its columns."
+    titles = dict(latent_a=f"node of {names[0]}", latent_b=f"node of {names[1]}", spearman="Spearman", strength="strength", runner_up="runner-up")
+    return pn.widgets.Tabulator(table.drop(columns="n").round(3), titles=titles, disabled=True, show_index=False, layout="fit_data_table", theme="simple", stylesheets=[TABLE], height=380, width=480)
+
+# %% ../nbs/43_compare.ipynb #8f9653cf
 def comparison(
     latents_a:xr.Dataset,         # (spectrum, latent)
     latents_b:xr.Dataset,         # (spectrum, latent)
@@ -110,7 +122,5 @@ def comparison(
     try: table, square = matched_nodes(latents_a, latents_b, *dimensions), match_matrix(latents_a, latents_b, *dimensions, names)
     except ValueError as error: return pn.Column(losses, pane(empty_view(f"The nodes cannot be matched: {error}")), sizing_mode="stretch_width")
     words = pn.pane.HTML(f"<h3>Nodes of {escape(names[0])} and their partners in {escape(names[1])}</h3>{table['n'].iloc[0]:,} common spectra. A runner-up near the strength means that the partner is not unique.")
-    titles = dict(latent_a=f"node of {names[0]}", latent_b=f"node of {names[1]}", spearman="Spearman", strength="strength", runner_up="runner-up")
-    rows = pn.widgets.Tabulator(table.drop(columns="n").round(3), titles=titles, disabled=True, show_index=False, layout="fit_data_table", theme="simple", stylesheets=[TABLE], height=380, width=480)
-    beside = pn.Row(pane(correlation_matrix(square, order="number")), rows, sizing_mode="stretch_width")
+    beside = pn.Row(pane(correlation_matrix(square, order="number")), _partners(table, names), sizing_mode="stretch_width")
     return pn.Column(words, beside, losses, sizing_mode="stretch_width")
