@@ -22,9 +22,10 @@ from scipy.spatial import cKDTree
 class CatalogueError(ValueError):
     "A label table cannot be read or joined: the message names the table, the column and the mend."
 
-# %% ../nbs/13_catalogue.ipynb #7fccb9dc
+# %% ../nbs/13_catalogue.ipynb #c574461c
 MISSING_WORDS = frozenset("|-|--|---|..|...|nan|NaN|NAN|null|NULL|None|NA|N/A|n/a|<NA>".split("|"))
 
+# %% ../nbs/13_catalogue.ipynb #4c667160
 def _numbers(cells, # (row,) text of one column
 ):
     "float64 (row,) with NaN for missing words if every other cell is a number, else None."
@@ -35,15 +36,23 @@ def _numbers(cells, # (row,) text of one column
     try: return np.array([np.nan if c in MISSING_WORDS else float(c) for c in cells], dtype=float)
     except ValueError: return None
 
-# %% ../nbs/13_catalogue.ipynb #6dab1c4d
-_SIGNED_NAME = re.compile(r"(fe|m|met|alpha|a)[\W_]?(h|fe|m)\]?$|metal|^rv|_rv|vel|vrad|berv|dec|pm|lat|glat|^b$|shift|offset|resid|log|colou?r|bis", re.I)
-
+# %% ../nbs/13_catalogue.ipynb #e21ad371
 def _is_suspect(value):
     "True for numbers that are used to mean *no number*: three or more nines, or -1, -99, -1000."
     if value in (-1, -99, -1000): return True
     text = str(int(abs(value))) if float(value).is_integer() else f"{abs(value):.7g}"
     return set(text.replace(".", "")) == {"9"} and len(text.replace(".", "")) >= 3
 
+# %% ../nbs/13_catalogue.ipynb #51f920b4
+_SIGNED_NAME = re.compile(r"(fe|m|met|alpha|a)[\W_]?(h|fe|m)\]?$|metal|^rv|_rv|vel|vrad|berv|dec|pm|lat|glat|^b$|shift|offset|resid|log|colou?r|bis", re.I)
+
+def _is_placeholder(value, others, name):
+    "Whether a suspect stands for *missing* in the company of the column's other values."
+    low, high = (others.min(), others.max()) if len(others) else (0.0, 0.0)
+    if value == -1: return bool(low >= 0 and not _SIGNED_NAME.search(name))
+    return bool(value > high + (high - low) or value < low - (high - low) or (value < 0 and low >= 0))
+
+# %% ../nbs/13_catalogue.ipynb #91c019f0
 def find_sentinels(values:np.ndarray, # (row,) one numeric column
                    name:str="",       # name of the column: names of signed quantities keep their -1
 ) -> dict: # placeholder -> number of cells
@@ -52,13 +61,7 @@ def find_sentinels(values:np.ndarray, # (row,) one numeric column
     power = 10.0 ** np.ceil(np.log10(np.maximum(np.abs(unique), 1e-9)))
     suspect = np.isin(unique, (-1, -99, -1000)) | (np.abs(unique) > .98 * power)
     suspect[suspect] = [_is_suspect(v) for v in unique[suspect]]
-    others, found = unique[~suspect], {}
-    low, high = (others.min(), others.max()) if len(others) else (0.0, 0.0)
-    for value, count in zip(unique[suspect], counts[suspect]):
-        outside = value > high + (high - low) or value < low - (high - low)
-        hit = (low >= 0 and not _SIGNED_NAME.search(name)) if value == -1 else outside or (value < 0 and low >= 0)
-        if hit: found[float(value)] = int(count)
-    return found
+    return {float(v): int(n) for v, n in zip(unique[suspect], counts[suspect]) if _is_placeholder(v, unique[~suspect], name)}
 
 # %% ../nbs/13_catalogue.ipynb #fa3879ce
 def _plain(column, # one column of an astropy Table or a pandas DataFrame
@@ -106,20 +109,25 @@ def _blank(values, name, given, by_rule):
     else: bad = find_sentinels(values, name) if by_rule else {}
     return np.where(np.isin(values, list(bad)), np.nan, values), bad
 
-# %% ../nbs/13_catalogue.ipynb #6d9bd422
-def _read_separated(path, # text table, perhaps compressed
-):
-    "DataFrame of str columns; leading comment lines are skipped, a commented header is taken."
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig", errors="strict") as file: lines = [line for line in file.read().splitlines() if line.strip()]
-    if not lines: raise CatalogueError(f"{path.name}: the file is empty")
-    if lines[0].startswith("# %ECSV"): return None
+# %% ../nbs/13_catalogue.ipynb #2624dd8b
+def _cells(lines):
+    "Rows of cells, the header first; leading comment lines are skipped, a commented header is taken."
     n_comments = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     sep = max(",;\t|", key=lines[min(n_comments, len(lines) - 1)].count)
     commented = n_comments and n_comments < len(lines) and lines[n_comments-1].count(sep) == lines[n_comments].count(sep) > 0
     body = lines[n_comments - bool(commented):]
     if commented: body[0] = body[0].lstrip("# ")
-    header, *rows = csv.reader(body, delimiter=sep, skipinitialspace=True)
+    return csv.reader(body, delimiter=sep, skipinitialspace=True)
+
+# %% ../nbs/13_catalogue.ipynb #4a087292
+def _read_separated(path, # text table, perhaps compressed
+):
+    "DataFrame of str columns, or None for an ECSV table, which astropy reads."
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", errors="strict") as file: lines = [line for line in file.read().splitlines() if line.strip()]
+    if not lines: raise CatalogueError(f"{path.name}: the file is empty")
+    if lines[0].startswith("# %ECSV"): return None
+    header, *rows = _cells(lines)
     n = len(header)
     if wrong := next((r for r in rows if len(r) < n or any(r[n:])), None): raise CatalogueError(f"{path.name}: cannot be read, a row has {len(wrong)} cells and the header {n}: {wrong[:5]}")
     if twice := sorted({h for h in header if header.count(h) > 1}): raise CatalogueError(f"{path.name}: column name(s) {twice} occur twice; rename them in the file")
@@ -155,9 +163,11 @@ def read_table(path,            # file of any format that astropy reads; .gz is 
     if not len(table): raise CatalogueError(f"{path.name}: a table with no rows")
     return clean_table(table, sentinels, path.name)
 
-# %% ../nbs/13_catalogue.ipynb #db8b56d8
+# %% ../nbs/13_catalogue.ipynb #5083cd5d
 GREEK = dict(w.split(":") for w in ("alpha:alf beta:bet gamma:gam delta:del epsilon:eps zeta:zet eta:eta theta:tet iota:iot kappa:kap lambda:lam lamda:lam mu:mu nu:nu "
     "xi:ksi ksi:ksi omicron:omi pi:pi rho:rho sigma:sig tau:tau upsilon:ups phi:phi chi:chi psi:psi omega:ome").upper().split())
+
+# %% ../nbs/13_catalogue.ipynb #4b1f31b2
 CONSTELLATIONS = dict(w.split(":") for w in ("andromedae:and antliae:ant apodis:aps aquarii:aqr aquilae:aql arae:ara arietis:ari aurigae:aur bootis:boo caeli:cae "
     "camelopardalis:cam cancri:cnc canumvenaticorum:cvn canismajoris:cma canisminoris:cmi capricorni:cap carinae:car cassiopeiae:cas centauri:cen cephei:cep ceti:cet "
     "chamaeleontis:cha circini:cir columbae:col comaeberenices:com coronaeaustralis:cra coronaeborealis:crb corvi:crv crateris:crt crucis:cru cygni:cyg delphini:del "
@@ -178,13 +188,18 @@ def _in_constellation(letters, # name in capitals without separators
     head = GREEK.get(letter, letter) + number if letter else flamsteed or variable
     return " ".join(filter(None, (head, CONSTELLATIONS.get(place, place), component)))
 
-# %% ../nbs/13_catalogue.ipynb #7b47f398
+# %% ../nbs/13_catalogue.ipynb #f4773551
+def _capitals(name):
+    "A name in capitals with Greek letters spelt out, without the marks (`V*`, `NAME`) that SIMBAD puts in front."
+    text = re.sub(r"^\s*(?:V\*|EM\*|\*{1,2}|NAME\s)\s*", "", re.sub("[−–—‐‑]", "-", str(name)), flags=re.I)
+    return "".join(unicodedata.name(c).split()[-1] if "GREEK SMALL" in unicodedata.name(c, "") else c for c in unicodedata.normalize("NFKC", text)).upper()
+
+# %% ../nbs/13_catalogue.ipynb #92ab89ac
 def normalise_name(name, # star name as somebody typed it; a number is taken for its digits
 ) -> str: # one spelling in capitals, "" for no name
     "One spelling for a star's name, by the rule above: `HD36705` and `hd 036705` give `HD 36705`, `Gl581` gives `GJ 581`."
     if isinstance(name, (float, np.floating)): name = "" if np.isnan(name) else f"{name:.0f}" if float(name).is_integer() else str(name)
-    text = re.sub(r"^\s*(?:V\*|EM\*|\*{1,2}|NAME\s)\s*", "", re.sub("[−–—‐‑]", "-", str(name)), flags=re.I)
-    text = "".join(unicodedata.name(c).split()[-1] if "GREEK SMALL" in unicodedata.name(c, "") else c for c in unicodedata.normalize("NFKC", text)).upper()
+    text = _capitals(name)
     if text.strip() in {"", "NAN", "NONE"}: return ""
     if m := re.fullmatch(r"\W*(BD|CD|CPD)[\s_]*([+-])[\s_]*(\d\d)\D*?0*(\d+)[\s_]*([A-Z]*)\W*", text): return f"{m[1]}{m[2]}{m[3]} {m[4]}{m[5]}"
     if m := re.fullmatch(r"(.*?)[\s_-]*J[\s_]*(\d[\d.]*)([+-])(\d[\d.]*)[\s_]*([A-Z]?)\s*", text): return f"{re.sub('[^A-Z0-9]', '', m[1])} J{m[2]}{m[3]}{m[4]}{m[5]}".strip()
@@ -204,12 +219,13 @@ def normalise_id(name, # id or file name of a spectrum
     base = re.sub(r"(\.(fits|fit|csv|ecsv|txt|dat|vot|npz|gz|fz|Z))+$", "", base)
     return re.sub(r"T(\d\d)_(\d\d)_(\d\d)", r"T\1:\2:\3", base)
 
-# %% ../nbs/13_catalogue.ipynb #81992b3b
+# %% ../nbs/13_catalogue.ipynb #4dc5979f
 _COLUMN_NAMES = dict(ra=("ra", "ra_icrs", "_raj2000", "raj2000", "ra_j2000", "ra_deg", "s_ra"), dec=("dec", "de_icrs", "_dej2000", "dej2000", "dec_j2000", "dec_deg", "s_dec", "decj2000"),
     pm_ra=("pmra", "pm_ra", "pmra_cosdec", "pm_ra_cosdec"), pm_dec=("pmdec", "pm_dec", "pmde"),
     object=("object", "name", "star", "target", "main_id", "object_name", "target_name", "id"),
     spectrum_id=("spectrum_id", "dp_id", "dp", "id", "obsid", "file", "filename", "source_file"))
 
+# %% ../nbs/13_catalogue.ipynb #9b96cc02
 def _column(table, role, chosen=None, required=True):
     "Name of the column that plays a role, chosen or found."
     if chosen is not None and chosen in table.columns: return chosen
@@ -250,7 +266,12 @@ def moved_direction(ra:np.ndarray, dec:np.ndarray,       # (star,) position [deg
     moved = r + p * (np.nan_to_num(pm_ra) * years * mas)[..., None] + q * (np.nan_to_num(pm_dec) * years * mas)[..., None]
     return moved / np.linalg.norm(moved, axis=-1, keepdims=True)
 
-# %% ../nbs/13_catalogue.ipynb #2d41528a
+# %% ../nbs/13_catalogue.ipynb #a47c4d20
+def _arcsec_between(a, b):
+    "Angle between unit vectors, (pair, 3) each, [arcsec]."
+    return np.degrees(2 * np.arcsin(np.clip(np.linalg.norm(a - b, axis=1) / 2, 0, 1))) * 3600
+
+# %% ../nbs/13_catalogue.ipynb #e2f068e7
 def _near(ra, dec, years, stars, pm_ra, pm_dec, radius):
     "Per spectrum: rows of `stars` (ra, dec) within `radius` [arcsec], nearest first, and the least separation."
     known, here = np.flatnonzero(np.isfinite(stars[0]) & np.isfinite(stars[1])), np.flatnonzero(np.isfinite(ra) & np.isfinite(dec))
@@ -262,19 +283,20 @@ def _near(ra, dec, years, stars, pm_ra, pm_dec, radius):
     near = tree.query_ball_point(seen, reach)
     who, row = np.repeat(np.arange(len(here)), [len(n) for n in near]), known[np.concatenate([*near, []]).astype(int)]
     there = moved_direction(stars[0][row], stars[1][row], pm_ra[row], pm_dec[row], years[here[who]])
-    apart = np.degrees(2 * np.arcsin(np.clip(np.linalg.norm(there - seen[who], axis=1) / 2, 0, 1))) * 3600
+    apart = _arcsec_between(there, seen[who])
     for j in np.lexsort((apart, who)):          # nearest first within a spectrum
         i = here[who[j]]
         if np.isnan(separation[i]): separation[i] = apart[j]
         if apart[j] <= radius: rows[i] = rows[i] + (int(row[j]),)
     return rows, separation
 
-# %% ../nbs/13_catalogue.ipynb #6e5e007a
+# %% ../nbs/13_catalogue.ipynb #719efd70
 def _as_clean(table):
     "The table as `clean_table` gives it, whether it comes as file, astropy Table or DataFrame."
     if isinstance(table, (str, Path)): return read_table(table)
     return table if isinstance(table, pd.DataFrame) and "sentinels" in table.attrs else clean_table(table)
 
+# %% ../nbs/13_catalogue.ipynb #0c40d69a
 def _match_text(ds, table, on, table_key, prefix):
     "Keys of the spectra, and per spectrum the table rows of the same key."
     if on not in ds.coords: raise CatalogueError(f"the spectra have no coordinate {on!r} to join on; they have {sorted(map(str, ds.coords))}")
@@ -289,15 +311,19 @@ def _match_text(ds, table, on, table_key, prefix):
     keys = [spelled[v] for v in values.tolist()]
     return keys, [tuple(rows.get(k, ())) for k in keys], list(rows)
 
-# %% ../nbs/13_catalogue.ipynb #3d115ea4
+# %% ../nbs/13_catalogue.ipynb #9a63dbab
+def _motion(table, role, chosen):
+    "Proper motion of every row along one axis [mas/yr]; 0 where the table has no such column and none was asked for."
+    column = _column(table, role, chosen, required=chosen is not None)
+    unit = u.Unit(table.attrs.get("units", {}).get(column, "mas / yr"))
+    return np.zeros(len(table)) if column is None else table[column].to_numpy(float) * unit.to(u.mas / u.yr)
+
+# %% ../nbs/13_catalogue.ipynb #fe4dfffd
 def _match_position(ds, table, radius, ra, dec, pm_ra, pm_dec, epoch):
     "Keys (positions as text), table rows within the radius, separations [arcsec]."
     if missing := [c for c in ("ra", "dec") if c not in ds.coords]: raise CatalogueError(f"the spectra have no coordinate {missing} to join by position; join on 'object', or add it [deg]")
-    stars, motion = table_positions(table, ra, dec), []
-    for role, chosen in (("pm_ra", pm_ra), ("pm_dec", pm_dec)):
-        column = _column(table, role, chosen, required=chosen is not None)
-        unit = u.Unit(table.attrs.get("units", {}).get(column, "mas / yr"))
-        motion.append(np.zeros(len(table)) if column is None else table[column].to_numpy(float) * unit.to(u.mas / u.yr))
+    stars = table_positions(table, ra, dec)
+    motion = [_motion(table, role, chosen) for role, chosen in (("pm_ra", pm_ra), ("pm_dec", pm_dec))]
     mjd = ds["mjd_obs"].values.astype(float) if "mjd_obs" in ds.coords else np.full(ds.sizes["spectrum"], np.nan)
     years = np.nan_to_num((mjd - 51544.5) / 365.25 + 2000.0 - epoch)
     a, d = ds["ra"].values.astype(float), ds["dec"].values.astype(float)
@@ -355,7 +381,7 @@ def join_labels(ds:xr.Dataset,     # spectra or latents with dimension `spectrum
         out[name] = ("spectrum", _gather(table[column].to_numpy(), rows), attrs)
     return ds.assign_coords(out)
 
-# %% ../nbs/13_catalogue.ipynb #f50f1f1b
+# %% ../nbs/13_catalogue.ipynb #3c0d2765
 def _label_names(ds, table, columns, overwrite, matching):
     "dict column -> coordinate name, checked against the table and the spectra."
     source = table.attrs["source"]
@@ -368,13 +394,14 @@ def _label_names(ds, table, columns, overwrite, matching):
         raise CatalogueError(f"the spectra have {taken} already; rename, as in columns={{{taken[0]!r}: '{taken[0]}_catalogue'}}, or say overwrite=True")
     return names
 
+# %% ../nbs/13_catalogue.ipynb #7ee8af2e
 def _no_match(report):
     "Message for a join in which no key fits, with examples of both sides and the mend."
     here = [k for k in dict.fromkeys(report.key) if k][:5]
     mend = {"position": "check units (degrees?), epoch and radius", "object": "check `table_key` and `prefix`, or join on='position'"}.get(report.attrs["on"], "check `table_key`, or join on='object'")
     return f"{report.attrs['source']}: none of {len(report)} spectra matches on {report.attrs['on']!r}; the spectra have {here}, the table has {report.attrs['offered']}; {mend}"
 
-# %% ../nbs/13_catalogue.ipynb #a2cb94d6
+# %% ../nbs/13_catalogue.ipynb #c5c6b3c8
 def _resolve(report, values, ambiguous):
     "Per spectrum a tuple of table rows to average: empty, one, or several."
     if ambiguous not in ("error", "missing", "first", "mean"): raise CatalogueError(f"ambiguous={ambiguous!r}: give 'error', 'missing', 'first' or 'mean'")
@@ -389,6 +416,7 @@ def _resolve(report, values, ambiguous):
                              "mend the table, or say ambiguous='missing', 'first' or 'mean'")
     return [settled.get(r, r) for r in report.table_rows]
 
+# %% ../nbs/13_catalogue.ipynb #d75db05f
 def _gather(values, rows):
     "(spectrum,) values at the chosen rows; the mean of several numbers, the first of several texts."
     text = values.dtype.kind not in "fiub"

@@ -33,7 +33,7 @@ def exposure_name(
     found = _DP_ID.search(str(text))
     return f"{found[1]}.{found[2]}T{found[3]}:{found[4]}:{found[5]}" if found else ""
 
-# %% ../nbs/11_eso.ipynb #9feacfd6
+# %% ../nbs/11_eso.ipynb #301be098
 def fibre_of(
     path:str|Path, # file
 ) -> str: # "A", "B", or "" when the name does not tell
@@ -41,6 +41,7 @@ def fibre_of(
     found = re.search(r"_(?:s1d|e2ds|ccf_\w+?|bis_\w+?)_([AB])(?![A-Za-z])", os.path.basename(path))
     return found[1] if found else ""
 
+# %% ../nbs/11_eso.ipynb #db1ba2b0
 def exposure_of(
     path:str|Path,    # file
     headers:Sequence, # its headers
@@ -64,10 +65,11 @@ def eso_identifier(
     exposure = exposure_of(path, headers)
     return exposure if exposure.startswith(("HARPS.", "FEROS.")) else spectrum_stem(path)
 
-# %% ../nbs/11_eso.ipynb #162395d6
+# %% ../nbs/11_eso.ipynb #5e7f5229
 ESO_CARDS = dict(berv=("ESO DRS BERV", "ESO QC BERV", "ESO QC VRAD BARYCOR", "BERV"), airmass=("AIRMASS", "ESO TEL AIRM START"),
                  seeing=("ESO TEL AMBI FWHM START",), humidity=("ESO TEL AMBI RHUM",))
 
+# %% ../nbs/11_eso.ipynb #9327f85f
 def order_snr(
     header:fits.Header, # header of a DRS product
 ) -> float: # median over the orders, NaN without such cards
@@ -75,6 +77,7 @@ def order_snr(
     values = [to_number(first_card([header], [k])) for k in keys_starting(header, "ESO DRS SPE EXT SN") if k[18:].isdigit()]
     return float(np.nanmedian(values)) if values else np.nan
 
+# %% ../nbs/11_eso.ipynb #129f3286
 def eso_coordinates(
     path:str|Path,    # file
     headers:Sequence, # its headers, primary first
@@ -88,7 +91,13 @@ def eso_coordinates(
     out |= {name: np.nan for name in ("seeing", "humidity") if not out[name] >= 0}
     return out | dict(spectrum_id=eso_identifier(path, headers), exposure=exposure_of(path, headers))
 
-# %% ../nbs/11_eso.ipynb #88bc8ebf
+# %% ../nbs/11_eso.ipynb #f2e0d34c
+def _far_below(parts):
+    "Share of the pixels with flux more than five of their standard deviations below zero."
+    below = np.flatnonzero(parts.flux < 0)
+    return float((parts.flux[below]*np.sqrt(parts.ivar[below]) < -5).sum()/parts.flux.size)
+
+# %% ../nbs/11_eso.ipynb #0d710b5e
 def doubt(
     path:str|Path,    # file
     headers:Sequence, # its headers
@@ -99,9 +108,7 @@ def doubt(
     notes = [f"pipeline: {c}" for c in comments if c.lower() not in ("", "none")]
     parts = spectrum if isinstance(spectrum, SpectrumParts) else parts_of(spectrum)
     if parts.coords["ivar_origin"] == "pipeline":
-        below = np.flatnonzero(parts.flux < 0)
-        share = float((parts.flux[below]*np.sqrt(parts.ivar[below]) < -5).sum()/parts.flux.size)
-        if share > 1e-3: notes.append(f"flux below -5 sigma in {share:.1%} of the pixels")
+        if (share := _far_below(parts)) > 1e-3: notes.append(f"flux below -5 sigma in {share:.1%} of the pixels")
     if fibre_of(path) == "B":
         kinds = str(first_card(headers, ["ESO DPR TYPE"]) or "").split(",")
         notes.append(f"fibre B: {kinds[1] if len(kinds) > 1 else 'not the object'}")
@@ -120,13 +127,14 @@ def read_ccf(
     return dict(exposure=exposure_of(path, [header]), rv_ccf=velocity if abs(velocity) < 3e4 else np.nan, rv_ccf_error=error if 0 < error < 3e4 else np.nan,
                 rv_ccf_mask=str(first_card([header], ["ESO DRS CCF MASK"]) or ""))
 
-# %% ../nbs/11_eso.ipynb #9c9f9b81
+# %% ../nbs/11_eso.ipynb #4b0d8923
 @lru_cache(maxsize=8)
 def _companions(folder, changed):
     "{exposure: file} of the cross-correlation products in a folder; `changed` is its time of change."
     names = sorted((n for n in os.listdir(folder) if "_ccf_" in n), reverse=True)
     return {exposure_name(n) + ("_B" if fibre_of(n) == "B" else ""): n for n in names if exposure_name(n)}
 
+# %% ../nbs/11_eso.ipynb #9968c272
 def companion_velocity(
     path:str|Path, # a spectrum
     exposure:str,  # the exposure it was made from
@@ -145,7 +153,7 @@ def _finish(path, headers, parts):
     if parts.coords["instrument"] == "HARPS": more |= companion_velocity(path, parts.coords["exposure"])
     return replace(parts, coords=parts.coords | more) if more else parts
 
-# %% ../nbs/11_eso.ipynb #d78ea70d
+# %% ../nbs/11_eso.ipynb #ab1fc23d
 def _headers(hdus): return [h.header for h in hdus]
 
 def is_phase3(
@@ -157,6 +165,7 @@ def is_phase3(
     category, kind = (str(first_card(_headers(hdus), [k]) or "").upper() for k in ("PRODCATG", "VOCLASS"))
     return category.startswith("SCIENCE.SPECTRUM") or kind.startswith("SPECTRUM")
 
+# %% ../nbs/11_eso.ipynb #d01b74a5
 def phase3_parts(
     path:str|Path, # file
     hdus:fits.HDUList, # its HDUs
@@ -169,7 +178,7 @@ def read_phase3(path, hdus) -> xr.Dataset: # one spectrum
     "The same as a Dataset."
     return phase3_parts(path, hdus).to_dataset()
 
-# %% ../nbs/11_eso.ipynb #e7620a31
+# %% ../nbs/11_eso.ipynb #e23ebb28
 def _one_long_axis(hdu):
     return hdu.is_image and sum(n > 1 for n in hdu.shape) == 1
 
@@ -182,6 +191,7 @@ def is_s1d(
     header = hdus[0].header
     return "ESO DRS VERSION" in header and first_card([header], ["CTYPE1"]) == "Angstrom" and "WCSDIM" not in header
 
+# %% ../nbs/11_eso.ipynb #067dee8e
 def s1d_parts(
     path:str|Path, # file
     hdus:fits.HDUList, # its HDUs
@@ -197,7 +207,7 @@ def read_s1d(path, hdus) -> xr.Dataset: # one spectrum, ivar estimated
     "The same as a Dataset."
     return s1d_parts(path, hdus).to_dataset()
 
-# %% ../nbs/11_eso.ipynb #f21c793b
+# %% ../nbs/11_eso.ipynb #62ef1715
 def drs_kind(
     path:str|Path, # file
     hdus:fits.HDUList|None, # its HDUs
@@ -209,6 +219,7 @@ def drs_kind(
     if first_card([header], ["CTYPE1"]) == "km/s" or "_ccf_" in name: return "a cross-correlation function (CCF)"
     return "echelle orders (E2DS)" if sum(n > 1 for n in hdus[0].shape) == 2 else ""
 
+# %% ../nbs/11_eso.ipynb #e81283c9
 def refuse_drs(
     path:str|Path, # file
     hdus:fits.HDUList, # its HDUs
@@ -216,7 +227,7 @@ def refuse_drs(
     "Raise NotASpectrum with the kind of product."
     raise NotASpectrum(path, f"not a spectrum: {drs_kind(path, hdus)}", "take the s1d product of the same exposure")
 
-# %% ../nbs/11_eso.ipynb #604ae011
+# %% ../nbs/11_eso.ipynb #4ca73d2b
 def is_eso_image(
     path:str|Path, # file
     hdus:fits.HDUList|None, # its HDUs
@@ -232,19 +243,22 @@ def eso_image_parts(
     headers = [hdus[0].header]
     return _finish(path, headers, image_parts(path, hdus, eso_coordinates(path, headers)))
 
+# %% ../nbs/11_eso.ipynb #f2f2bdd4
 READERS = (Reader("eso-drs-refused", lambda path, hdus: bool(drs_kind(path, hdus)), refuse_drs, 50), Reader("eso-phase3", is_phase3, phase3_parts, 40),
            Reader("harps-s1d", is_s1d, s1d_parts, 40), Reader("eso-image", is_eso_image, eso_image_parts, 30))
 
-# %% ../nbs/11_eso.ipynb #ab5a5552
+# %% ../nbs/11_eso.ipynb #d02b3125
 _WRITTEN = dict(object="OBJECT", instrument="INSTRUME", program="PROG_ID", mjd_obs="MJD-OBS", exptime="EXPTIME", ra="RA", dec="DEC",
                 berv="HIERARCH ESO DRS BERV", seeing="HIERARCH ESO TEL AMBI FWHM START", humidity="HIERARCH ESO TEL AMBI RHUM")
 
+# %% ../nbs/11_eso.ipynb #6e69ad01
 def _one(ds):
     "The only spectrum of a Dataset, without the dimension."
     n = ds.sizes.get("spectrum", 1)
     if n != 1: raise ValueError(f"one spectrum can be written to a file, not {n}: select it, ds.isel(spectrum=[0])")
     return ds.squeeze("spectrum") if "spectrum" in ds.dims else ds
 
+# %% ../nbs/11_eso.ipynb #332d1702
 def spectrum_header(
     ds:xr.Dataset, # one spectrum
 ) -> fits.Header: # cards of a primary header
@@ -258,17 +272,10 @@ def spectrum_header(
     header["SPECSYS"] = {"barycentric": "BARYCENT", "topocentric": "TOPOCENT", "rest": "SOURCE"}[row.wavelength.attrs["frame"]]
     return header
 
-# %% ../nbs/11_eso.ipynb #a15f1336
-def write_adp(
-    ds:xr.Dataset,         # one spectrum of a contract Dataset
-    path:str|Path,         # file to write
-    *, overwrite:bool=False, # replace an existing file
-) -> Path: # the file
-    "Write one spectrum as an ESO Phase 3 one-row table. Raises ValueError for more than one spectrum, OSError if the file exists."
-    row, primary = _one(ds), fits.PrimaryHDU(header=spectrum_header(ds))
+# %% ../nbs/11_eso.ipynb #49bf7dca
+def _adp_table(row, star):
+    "The table of one spectrum, header and record, as Phase 3 has it; `star` is repeated in its header."
     wave, flux, ivar = row.wavelength.values, row.flux.values, row.ivar.values
-    primary.header.update(PRODCATG="SCIENCE.SPECTRUM", ARCFILE=f"{row.spectrum_id.item()}.fits", WAVELMIN=wave[0]/10, WAVELMAX=wave[-1]/10, SPEC_BIN=float(np.median(np.diff(wave)))/10)
-    if "snr" in row.coords and np.isfinite(row.snr): primary.header["SNR"] = row.snr.item()
     estimated = row.ivar.attrs.get("origin") == "estimated"
     error = np.where((ivar > 0) & (not estimated), 1/np.sqrt(np.where(ivar > 0, ivar, 1)), np.nan)
     unit = str(row.flux_unit.item()) if "flux_unit" in row.coords else "adu"
@@ -278,10 +285,24 @@ def write_adp(
     table = fits.BinTableHDU(data, name="SPECTRUM")
     table.header.update({f"TUNIT{i + 1}": unit for i, (_, _, unit) in enumerate(parts.values()) if unit})
     air = row.wavelength.attrs["medium"] == "air"
-    table.header.update(VOCLASS="SPECTRUM V2.0", NELEM=wave.size, OBJECT=primary.header.get("OBJECT", ""), TUCD1="em.wl;obs.atmos" if air else "em.wl", TUCD2="phot.flux.density;em.wl;src.net;meta.main")
+    table.header.update(VOCLASS="SPECTRUM V2.0", NELEM=wave.size, OBJECT=star, TUCD1="em.wl;obs.atmos" if air else "em.wl", TUCD2="phot.flux.density;em.wl;src.net;meta.main")
+    return table.header, data
+
+# %% ../nbs/11_eso.ipynb #7dcc35d3
+def write_adp(
+    ds:xr.Dataset,         # one spectrum of a contract Dataset
+    path:str|Path,         # file to write
+    *, overwrite:bool=False, # replace an existing file
+) -> Path: # the file
+    "Write one spectrum as an ESO Phase 3 one-row table. Raises ValueError for more than one spectrum, OSError if the file exists."
+    row, primary = _one(ds), fits.PrimaryHDU(header=spectrum_header(ds))
+    wave = row.wavelength.values
+    primary.header.update(PRODCATG="SCIENCE.SPECTRUM", ARCFILE=f"{row.spectrum_id.item()}.fits", WAVELMIN=wave[0]/10, WAVELMAX=wave[-1]/10, SPEC_BIN=float(np.median(np.diff(wave)))/10)
+    if "snr" in row.coords and np.isfinite(row.snr): primary.header["SNR"] = row.snr.item()
+    header, data = _adp_table(row, primary.header.get("OBJECT", ""))
     primary.header["EXTEND"] = True
     with open(path, "wb" if overwrite else "xb") as f:
-        f.write((primary.header.tostring() + table.header.tostring()).encode("ascii") + data.tobytes() + bytes(-data.nbytes % 2880))
+        f.write((primary.header.tostring() + header.tostring()).encode("ascii") + data.tobytes() + bytes(-data.nbytes % 2880))
     return Path(path)
 
 # %% ../nbs/11_eso.ipynb #7aafce45

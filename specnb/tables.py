@@ -32,7 +32,7 @@ def table_kind(
     name = os.path.basename(path).lower().removesuffix(".gz")
     return "text" if name.endswith(TEXT_SUFFIXES) and start and start[:1] != b"<" and b"\0" not in start else ""
 
-# %% ../nbs/15_tables.ipynb #f89bc2cb
+# %% ../nbs/15_tables.ipynb #54e90ae7
 def _is_number(cell):
     try: float(cell)
     except ValueError: return False
@@ -41,6 +41,13 @@ def _is_number(cell):
 def _number(cell):
     return float(cell) if _is_number(cell) else np.nan
 
+# %% ../nbs/15_tables.ipynb #99288915
+def _cards(comments):
+    "{keyword: value} of those comments that read like a header card."
+    found = [re.fullmatch(r"([A-Za-z][\w -]{0,30}?)\s*[=:]\s*(.+)", c) for c in comments]
+    return {m[1].upper().replace(" ", "_"): m[2].strip("'\" ") for m in found if m}
+
+# %% ../nbs/15_tables.ipynb #308ae457
 def text_rows(
     text:str, # content of the file
 ) -> tuple: # ({keyword: value} of the comments, names or None, rows of cells)
@@ -53,16 +60,16 @@ def text_rows(
     rows = [split(line) for line in body]
     if any(_is_number(c) for c in rows[0]): names = next((split(c) for c in comments[::-1] if len(split(c)) == len(rows[0]) > 1), None)
     else: names, rows = rows[0], rows[1:]
-    cards = {m[1].upper().replace(" ", "_"): m[2].strip("'\" ") for c in comments if (m := re.fullmatch(r"([A-Za-z][\w -]{0,30}?)\s*[=:]\s*(.+)", c))}
-    return cards, names, rows
+    return _cards(comments), names, rows
 
-# %% ../nbs/15_tables.ipynb #a6c5ca83
+# %% ../nbs/15_tables.ipynb #93ece462
 def _named(label):
     "Name and unit of a column label such as `Wavelength [nm]`."
     found = re.fullmatch(r"\s*(.*?)\s*[\[(]([^\])]*)[\])]\s*", label)
     name, unit = (found[1], found[2].strip()) if found else (label.strip(), "")
     return re.sub(r"\W+", "_", name).strip("_"), unit
 
+# %% ../nbs/15_tables.ipynb #89e6348b
 def _text_columns(path, content):
     "Columns, header cards and guesses of a text table."
     cards, labels, rows = text_rows(content.decode("utf-8-sig", "replace"))
@@ -92,7 +99,7 @@ def _known_columns(path, content, kind):
     cards = {str(k).upper(): v for k, v in table.meta.items() if isinstance(v, (str, int, float, bool))}
     return columns, cards, []
 
-# %% ../nbs/15_tables.ipynb #13f01dc0
+# %% ../nbs/15_tables.ipynb #d94d4cb4
 def plain_table_parts(
     path,          # file
     content:bytes, # uncompressed content
@@ -112,6 +119,7 @@ def plain_table_parts(
     return assemble_parts(path, wavelength, parts["flux"].values, header_coordinates([cards]) | dict(flux_unit=parts["flux"].unit), frame=frame_of([cards]),
                           medium=(named, f"column name {wave.name}") if named else medium_of([cards], wave.ucd), guesses=[*guesses, guess], **planes)
 
+# %% ../nbs/15_tables.ipynb #f13cf447
 def _claims(path, content): return bool(table_kind(path, content))
 
 READERS = (Reader("plain-table", _claims, plain_table_parts, 1, takes="content"),)
@@ -132,7 +140,7 @@ def to_specutils(
     kind = getattr(specutils, "Spectrum", None) or specutils.Spectrum1D
     return kind(flux=rows.flux.values*unit, spectral_axis=ds.wavelength.values*u.AA, uncertainty=InverseVariance(rows.ivar.values/unit**2), mask=rows.ivar.values <= 0, meta=meta)
 
-# %% ../nbs/15_tables.ipynb #749f46ef
+# %% ../nbs/15_tables.ipynb #381221af
 def _ivar_of(spectrum, flux):
     "Inverse variance in the unit of the flux, or None."
     if spectrum.uncertainty is None: return None
@@ -140,6 +148,7 @@ def _ivar_of(spectrum, flux):
     values = spectrum.uncertainty.represent_as(InverseVariance).quantity
     return values.to_value(1/flux.unit**2) if values.unit != u.dimensionless_unscaled else values.value
 
+# %% ../nbs/15_tables.ipynb #f4e6e4ed
 def from_specutils(
     spectrum, # specutils.Spectrum, one row or several
     spectrum_id=None, # (spectrum,) names; None: from its meta, else spectrum-0, ...
