@@ -102,27 +102,58 @@ def card_value(
     if not found: raise Unusual(text)
     return found[1] == "T" if found[1] else int(found[2]) if found[2] else float(found[3].replace("D", "E"))
 
-# %% ../nbs/10_fits.ipynb #81ae3556
+# %% ../nbs/10_fits.ipynb #ea91b68e
+@dataclass(frozen=True)
+class _Layout:
+    "Which keywords a header unit has and where they stand."
+    spots: np.ndarray # where the letters of the keywords are, and their "=" signs
+    letters: bytes # what stands there
+    keys: list # keywords in order
+    place: dict # {keyword: number of its card}; of repeated keywords the first counts
+    joined: str # keywords, a line each
+
+def _new_layout(text, letters):
+    "Layout of a header that only has cards of the standard's plain kinds. Raises Unusual."
+    cards = [text[i:i + 80] for i in range(0, len(text), 80)]
+    ends = [c.find("=") if c[:9] == "HIERARCH " else 8 for c in cards]
+    keys = [c[9 if c[:9] == "HIERARCH " else 0:end].rstrip() for c, end in zip(cards, ends)]
+    place, joined, heads = dict(zip(keys[::-1], range(len(keys))[::-1])), "\n".join(keys), "\n".join([c[:8] for c in cards])
+    plain = _HEADS.fullmatch(heads) and _KEYS.fullmatch(joined) and "  " not in joined
+    if not plain or "HIERARCH" in place or "CONTINUE" in place or min(ends, default=0) < 0: raise Unusual("header")
+    spots = np.concatenate([np.arange(80*i, 80*i + end + 1) for i, end in enumerate(ends)]) if ends else np.zeros(0, int)
+    return _Layout(spots, letters[spots].tobytes(), keys, place, joined)
+
+# %% ../nbs/10_fits.ipynb #47c3376c
+_layouts: dict = {}   # {length of a header: its layout}
+
+def _layout_of(text):
+    "Layout of a header unit, remembered from the last one of its length. Raises Unusual."
+    letters = np.frombuffer(text.encode("latin-1", "replace"), np.uint8)
+    if not text.isascii() or (letters.size and not 32 <= letters.min() <= letters.max() < 127): raise Unusual("header")
+    known = _layouts.get(len(text))
+    if known and letters[known.spots].tobytes() == known.letters: return known
+    if len(_layouts) > 99: _layouts.clear()
+    _layouts[len(text)] = found = _new_layout(text, letters)
+    return found
+
+# %% ../nbs/10_fits.ipynb #c2ca00a7
 class QuickHeader:
     "Cards of one header unit, parsed when asked for; the part of `fits.Header` that readers use."
     def __init__(self,
         text:str, # the unit without its END card, 80 characters a card
     ):
-        cards = [text[i:i + 80] for i in range(0, len(text), 80)]
-        self.keys = [(c[9:c.find("=")] if c[:9] == "HIERARCH " else c[:8]).rstrip() for c in cards]
-        self.cards, self.joined = dict(zip(self.keys[::-1], cards[::-1])), "\n".join(self.keys) # of repeated keys the first counts
-        heads = "\n".join([c[:8] for c in cards])
-        plain = text.isascii() and text.isprintable() and _HEADS.fullmatch(heads) and _KEYS.fullmatch(self.joined) and "  " not in self.joined
-        if not plain or "HIERARCH" in self.cards or "CONTINUE" in self.cards or any("=" not in c for c in cards if c[:9] == "HIERARCH "): raise Unusual("header")
+        layout = _layout_of(text)
+        self.text, self.keys, self.place, self.joined = text, layout.keys, layout.place, layout.joined
 
-    def __contains__(self, key) -> bool: return key in self.cards
+    def __contains__(self, key) -> bool: return key in self.place
     def __iter__(self): return iter(self.keys)
     def __getitem__(self, key):
-        card = self.cards[key]
+        start = 80*self.place[key]
+        card = self.text[start:start + 80]
         at = card.find("=") if card[:9] == "HIERARCH " else 8
         if card[at:at + 2] != "= ": raise Unusual(card)
         return card_value(card[at + 1:])
-    def get(self, key, default=None): return self[key] if key in self.cards else default
+    def get(self, key, default=None): return self[key] if key in self.place else default
 
 # %% ../nbs/10_fits.ipynb #f5dfd215
 def keys_starting(
@@ -133,7 +164,7 @@ def keys_starting(
     if isinstance(header, QuickHeader) and start not in header.joined: return []
     return [k for k in header if k.startswith(start)]
 
-# %% ../nbs/10_fits.ipynb #a1278542
+# %% ../nbs/10_fits.ipynb #040f2fd0
 _STRUCTURE = re.compile(r"SIMPLE|XTENSION|BITPIX|EXTEND|[PG]COUNT|NAXIS\d*|TFIELDS|T(?:FORM|TYPE|UNIT)\d+") # cards that stand once in a sound header
 
 def _whole(header, key):
@@ -147,7 +178,7 @@ class QuickHDU:
     def __init__(self, content, header, start):
         self.header, self.content, self.start, kind = header, content, start, header.get("XTENSION", "IMAGE")
         self.is_image, self.is_table = kind == "IMAGE", kind == "BINTABLE"
-        if len(header.cards) < len(header.keys) and any(_STRUCTURE.fullmatch(k) and header.keys.count(k) > 1 for k in header.cards): raise Unusual("repeated")
+        if len(header.place) < len(header.keys) and any(_STRUCTURE.fullmatch(k) and header.keys.count(k) > 1 for k in header.place): raise Unusual("repeated")
         self.shape = tuple(_whole(header, f"NAXIS{k}") for k in range(_whole(header, "NAXIS"), 0, -1))
         odd = any(k in header for k in ("GROUPS", "BSCALE", "BZERO", "BLANK", "ZIMAGE", "ZTABLE", "THEAP"))
         if odd or not (self.is_image or self.is_table) or header.get("PCOUNT", 0) != 0 or header.get("GCOUNT", 1) != 1: raise Unusual("kind of HDU")
@@ -247,7 +278,7 @@ def header_wavelength(
         grid = 10.**grid
     return grid, guesses
 
-# %% ../nbs/10_fits.ipynb #017d6299
+# %% ../nbs/10_fits.ipynb #328d2bc0
 def first_card(
     headers:Sequence, # headers, the most telling first
     names:Sequence,   # card names, the preferred first
@@ -255,6 +286,7 @@ def first_card(
     "First value that is neither absent nor blank."
     for name in names:
         for header in headers:
+            if name not in getattr(header, "place", header): continue
             try: value = header.get(name)
             except fits.VerifyError: continue
             if value is None or isinstance(value, fits.card.Undefined) or (isinstance(value, str) and not value.strip()): continue

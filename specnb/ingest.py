@@ -416,7 +416,7 @@ def read_chunk(
     flux, ivar = (np.fromfile(_chunk_path(store, v, k), dtype).reshape(chunk_rows, -1)[:n_rows] for v in ("flux", "ivar"))
     return list(zip(flux, ivar))
 
-# %% ../nbs/12_ingest.ipynb #fe7bcb3e
+# %% ../nbs/12_ingest.ipynb #aee6b893
 def _columns(manifest):
     "Coordinate columns of all rows, read from the manifest."
     columns, n, group = {}, 0, []
@@ -435,7 +435,7 @@ def _template(manifest):
     "Dataset with all coordinates and, in place of the pixels, lazy zeros that are never written."
     grid, columns = manifest.grid, _columns(manifest)
     origins = set(columns["ivar_origin"])
-    blank = dask.array.zeros((manifest.n_rows, grid.wavelength.size), chunks=(manifest.chunk_rows, -1), dtype=np.float16 if manifest.packed else np.float32)
+    blank = dask.array.zeros((manifest.n_rows, grid.wavelength.size), chunks=-1, dtype=np.float16 if manifest.packed else np.float32) # one task, never run
     attrs = dict(flux=dict(long_name="flux over flux_scale") if manifest.packed else {}, ivar=dict(origin=origins.pop() if len(origins) == 1 else "mixed, see ivar_origin"))
     coords = {n: ("spectrum", v, dict(sorted(manifest.attrs.get(n, {}).items()))) for n, v in columns.items()}
     coords["wavelength"] = ("wavelength", grid.wavelength, dict(units="Angstrom", medium=grid.medium, frame=grid.frame))
