@@ -101,10 +101,10 @@ def histories_figure(
     ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-# %% ../nbs/43_compare.ipynb #1adb0d39
+# %% ../nbs/43_compare.ipynb #cd40edbb
 def _partners(table, names):
     "The table of pairs, with the names of the runs above its columns."
-    titles = dict(latent_a=f"node of {names[0]}", latent_b=f"node of {names[1]}", spearman="Spearman", strength="strength", runner_up="runner-up")
+    titles = dict(latent_a=f"node of {escape(names[0])}", latent_b=f"node of {escape(names[1])}", spearman="Spearman", strength="strength", runner_up="runner-up")
     return pn.widgets.Tabulator(table.drop(columns="n").round(3), titles=titles, disabled=True, show_index=False, layout="fit_data_table", theme="simple", stylesheets=[TABLE], height=380, width=480)
 
 # %% ../nbs/43_compare.ipynb #8f9653cf

@@ -25,12 +25,12 @@ def _unit_spread(values, own):
     spread = values[own].std(0)
     return (values - values[own].mean(0)) / np.where(spread > 0, spread, np.inf)
 
-# %% ../nbs/40_desk.ipynb #d231663b
+# %% ../nbs/40_desk.ipynb #b2a5216e
 def _main_axes(unit):
     "First two axes of the scatter, the largest weight of each positive, and the share of the scatter along them."
     _, size, axes = np.linalg.svd(np.cov(unit, rowvar=False, ddof=0).reshape(unit.shape[1], -1))
     axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), np.abs(axes[:2]).argmax(1)])[:, None]
-    return axes, np.resize(size / max(size.sum(), 1e-300), 2)
+    return axes, np.append(size, 0.)[:2] / max(size.sum(), 1e-300)
 
 # %% ../nbs/40_desk.ipynb #2f58d442
 def principal_map(
@@ -225,7 +225,7 @@ def _check_entry(name, value):
     if kind is None: raise ValueError(f"this state has an unknown entry {name[:40]!r}")
     if type(value) is not kind or (abs(value) if kind is int else len(value)) > most: raise ValueError(f"the entry {name!r} of this state is no {kind.__name__} of permitted size")
 
-# %% ../nbs/40_desk.ipynb #47add517
+# %% ../nbs/40_desk.ipynb #66a26e28
 def read_state(
     text, # str or bytes
 )->dict:  # the entries of `write_state` that are there
@@ -234,6 +234,6 @@ def read_state(
     except (ValueError, UnicodeDecodeError, RecursionError): raise ValueError("this is no saved state: it is not JSON") from None
     if not isinstance(state, dict) or state.get("specnb") != 1: raise ValueError('this is no saved state of the inspector: the entry "specnb": 1 is missing')
     for name, value in state.items(): _check_entry(name, value)
-    if not all(type(value) in (int, float) and np.isfinite(value) for value in state.get("code", [])): raise ValueError("the code of this state holds something that is no number")
+    if not all(type(value) in (int, float) and abs(value) < 1e300 for value in state.get("code", [])): raise ValueError("the code of this state holds something that is no number")
     if not all(type(value) is str and len(value) <= 200 for value in state.get("chosen", [])): raise ValueError("the selection of this state holds something that is no id")
     return {name: value for name, value in state.items() if name != "specnb"}

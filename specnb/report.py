@@ -103,6 +103,9 @@ def _typical(latents):
     distance = np.abs((mean - np.nanmedian(mean, axis=0)) / (np.nanstd(mean, axis=0) + 1e-12)).sum(1)
     return int(np.nanargmin(distance))
 
+# %% ../nbs/42_report.ipynb #2b4cb994
+def _complete(latents): return bool(np.isfinite(latents["mean"].values).all(1).any())
+
 # %% ../nbs/42_report.ipynb #6d3cef55
 def _widest(latents, dimensions):
     width, names = np.nanvar(latents["mean"].values, axis=0), latents["latent"].values
@@ -118,17 +121,17 @@ def _traversal(latents, place, decode, wavelength, row):
     change = response(decode, code, place, scale=float(np.nanstd(column)) or 1.0, per="std", wavelength=wavelength)
     return figure_svg(traversal_figure(moved, change), f"traversal-{place}")
 
-# %% ../nbs/42_report.ipynb #709258d3
+# %% ../nbs/42_report.ipynb #33a860f6
 def _traversal_section(latents, dimensions, decode, wavelength, n_most=6):
-    if decode is None: return ""
+    if decode is None or not _complete(latents): return ""
     from_row = _typical(latents)
     figures = [_traversal(latents, place, decode, wavelength, from_row) for place in _widest(latents, dimensions)[:n_most]]
     words = "One spectrum of the data, decoded while a single node runs from its 5&nbsp;% to its 95&nbsp;% quantile; below, the change of the flux per standard deviation of the node."
     return _section("What the nodes do", words, *figures)
 
-# %% ../nbs/42_report.ipynb #242bc86f
+# %% ../nbs/42_report.ipynb #bf2570a3
 def _spectrum_section(latents, spectra, recipe, decode):
-    if spectra is None or decode is None or "spectrum_id" not in latents.coords: return ""
+    if spectra is None or decode is None or "spectrum_id" not in latents.coords or not _complete(latents): return ""
     row = _typical(latents)
     place = np.flatnonzero(spectra["spectrum_id"].values.astype(str) == str(latents["spectrum_id"].values[row]))
     if not len(place): return ""

@@ -189,7 +189,7 @@ def test_the_verdict_is_about_the_guest_who_is_there():
     assert min(found[::2]) > 0.2 > 0.05 > max(found[1::2]), found
 
 
-@pytest.mark.parametrize("text", [b"", b"\xff\xfe", "[]", "{}", '{"specnb": 2}', '{"specnb": 1, "file": "/etc/passwd"}', '{"specnb": 1, "code": [1, 2]}', '{"specnb": 1, "code": [NaN, 0, 0, 0]}',
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe", "[]", "{}", '{"specnb": 2}', '{"specnb": 1, "file": "/etc/passwd"}', '{"specnb": 1, "code": [1, 2]}', '{"specnb": 1, "code": [NaN, 0, 0, 0]}', '{"specnb": 1, "code": [1%s, 0, 0, 0]}' % ("0" * 400),
                                   '{"specnb": 1, "spectrum": "../../x"}', '{"specnb": 1, "node": true}', '{"specnb": 1, "chosen": [["a"]]}', '{"specnb": 1, "tab": "Compare"}', '{"specnb": 1, "up": 3}', '{"specnb": 1, "node": 2, "colour": "<b>"}', "[" * 100_000])
 def test_a_bad_saved_view_is_a_message_and_changes_nothing(text):
     look = app.inspector(**parts())

@@ -220,6 +220,12 @@ def test_report_needs_no_more_than_latents_and_repeats_itself(toy):
     assert report.report_html(latents=toy[1]).count("<section") == 0
 
 
+def test_report_of_a_diverged_training_shows_the_rest(toy):
+    spectra, latents, pairs, dims, decode = toy
+    page = report.report_html(latents=latents * np.nan, dimensions=dims, decode=decode, wavelength=spectra.wavelength, spectra=spectra, history=pd.DataFrame({"epoch": [0, 1], "train_loss": [2., 1.]}))
+    assert re.findall("<h2>(.*?)</h2>", page) == ["Which nodes are informative", "Training"]
+
+
 def test_inspect_notebook_is_code_that_compiles():
     notebook = json.loads(json.dumps(report.inspect_notebook()))
     sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
