@@ -23,10 +23,11 @@ from astropy.table import Table
 from tqdm import tqdm
 from .catalogue import normalise_name
 
-# %% ../nbs/14_archive.ipynb #9dc80f05
+# %% ../nbs/14_archive.ipynb #1f362b65
 ESO_TAP = "https://archive.eso.org/tap_obs"                  # observations, raw and reduced
 ESO_FILES = "https://dataportal.eso.org/dataPortal/file/"    # + id of a product
 
+# %% ../nbs/14_archive.ipynb #f3b627e0
 class ArchiveError(OSError):
     "The archive cannot be searched, or a file of it cannot be used: the message names the address or file and the mend."
 
@@ -64,7 +65,14 @@ def _quoted(values):
     if bad := [v for v in values if not isinstance(v, str) or not v.isprintable() or not v.strip()]: raise ArchiveError(f"{bad[0]!r} is no name to search for")
     return ", ".join("'" + v.replace("'", "''") + "'" for v in values)
 
-# %% ../nbs/14_archive.ipynb #e5288428
+# %% ../nbs/14_archive.ipynb #95fdc6d8
+def _around(position, radius):
+    "ADQL condition for a box around a position; ArchiveError for one that is not on the sky."
+    ra, dec = (position.icrs.ra.deg, position.icrs.dec.deg) if isinstance(position, SkyCoord) else map(float, position)
+    if not (0 <= ra <= 360 and -90 <= dec <= 90 and 0 < radius <= 36000): raise ArchiveError(f"position ({ra}, {dec}) deg with radius {radius} arcsec is not on the sky; give degrees, and at most 36000 arcsec")
+    return _box(ra, dec, radius)
+
+# %% ../nbs/14_archive.ipynb #274624a5
 def archive_query(target=None,         # star's name, or several
                   position=None,       # (right ascension, declination) [deg], or a SkyCoord
                   radius:float=30.0,   # of the circle around the position [arcsec]
@@ -78,10 +86,7 @@ def archive_query(target=None,         # star's name, or several
     if instrument is not None: where.append(f"instrument_name IN ({_quoted(instrument)})")
     if target is not None: where.append(f"target_name IN ({_quoted([s for t in ([target] if isinstance(target, str) else target) for s in (name_spellings(t) or [t])])})")
     if programme is not None: where.append(f"proposal_id LIKE {_quoted(programme)[:-1]}%'")
-    if position is not None:
-        ra, dec = (position.icrs.ra.deg, position.icrs.dec.deg) if isinstance(position, SkyCoord) else map(float, position)
-        if not (0 <= ra <= 360 and -90 <= dec <= 90 and 0 < radius <= 36000): raise ArchiveError(f"position ({ra}, {dec}) deg with radius {radius} arcsec is not on the sky; give degrees, and at most 36000 arcsec")
-        where.append(_box(ra, dec, radius))
+    if position is not None: where.append(_around(position, radius))
     if mjd is not None: where.append(f"t_min BETWEEN {float(mjd[0])} AND {float(mjd[1])}")
     if min_snr is not None: where.append(f"snr >= {float(min_snr)}")
     return f"SELECT {', '.join(_OBSCORE_COLUMNS)} FROM ivoa.ObsCore WHERE {' AND '.join(where)} ORDER BY t_min"
@@ -116,7 +121,17 @@ class PoliteSession(requests.Session):
             if response.status_code not in (429, 503) or attempt == self.retries or wait > self.max_wait: return response
             response.close(); time.sleep(wait)
 
-# %% ../nbs/14_archive.ipynb #5380099e
+# %% ../nbs/14_archive.ipynb #a9374a17
+def _ask(query, tap_url, max_rows, timeout):
+    "The service's answer to a query, at most `max_rows` rows; ArchiveError if it refuses or cannot be reached."
+    with PoliteSession(timeout) as session, warnings.catch_warnings():
+        warnings.simplefilter("ignore", pyvo.dal.DALOverflowWarning)
+        try: return pyvo.dal.TAPService(tap_url, session=session).search(query, maxrec=max_rows)
+        except pyvo.dal.DALQueryError as error: raise ArchiveError(f"{tap_url} refuses the query ({error}); it was: {query}") from error
+        except (pyvo.dal.DALServiceError, pyvo.dal.DALFormatError, requests.RequestException) as error:
+            raise ArchiveError(f"{tap_url} cannot be asked ({type(error).__name__}: {error}); check the address and the connection, or try again later") from error
+
+# %% ../nbs/14_archive.ipynb #048d6262
 def search(target=None,       # star's name, or several
            *, position=None, radius:float=30.0, programme=None, instrument="HARPS", mjd=None, min_snr=None, # see `archive_query`
            max_rows:int=100_000,    # most rows to ask for
@@ -125,12 +140,7 @@ def search(target=None,       # star's name, or several
 ) -> Table: # one row a product: dp_id, target_name, position, time, snr, size, ...
     "Spectra in the archive that fulfil all conditions, by time. Raises ArchiveError if the service cannot be asked."
     query = archive_query(target, position, radius, programme, instrument, mjd, min_snr)
-    with PoliteSession(timeout) as session, warnings.catch_warnings():
-        warnings.simplefilter("ignore", pyvo.dal.DALOverflowWarning)
-        try: result = pyvo.dal.TAPService(tap_url, session=session).search(query, maxrec=max_rows)
-        except pyvo.dal.DALQueryError as error: raise ArchiveError(f"{tap_url} refuses the query ({error}); it was: {query}") from error
-        except (pyvo.dal.DALServiceError, pyvo.dal.DALFormatError, requests.RequestException) as error:
-            raise ArchiveError(f"{tap_url} cannot be asked ({type(error).__name__}: {error}); check the address and the connection, or try again later") from error
+    result = _ask(query, tap_url, max_rows, timeout)
     table = _tidy(result.to_table(), position, radius)
     table.meta.update(query=query, tap_url=tap_url, complete=str(result.status[0]).upper() != "OVERFLOW")
     if not table.meta["complete"]: warnings.warn(f"the list stops at {len(result)} rows, there are more; raise `max_rows` or narrow the search", stacklevel=2)
@@ -157,24 +167,34 @@ def data_sum(data:bytes, # data of one unit, a multiple of 4 bytes
     while total >> 32: total = (total & 0xffffffff) + (total >> 32)
     return total
 
-# %% ../nbs/14_archive.ipynb #1ba872c1
-def verify_fits(path,             # FITS file, plain or gzipped
-                strict:bool=True, # False: a DATASUM that does not hold is told and not raised
-) -> str: # what was checked
-    "Check that a file is a complete FITS file and that its data sums hold. Raises ArchiveError with the reason."
+# %% ../nbs/14_archive.ipynb #3ef305c0
+def _unpacked(path):
+    "Content of a file, unpacked if it is gzipped; ArchiveError if that fails."
     raw = Path(path).read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try: raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error: raise ArchiveError(f"{Path(path).name}: damaged or cut gzip file ({error})") from error
-    if raw[:2] == b"\x1f\x9d": return "length"      # Unix compress: nothing inside can be read here
-    if raw[:9] != b"SIMPLE  =": raise ArchiveError(f"{Path(path).name}: not a FITS file, it begins with {raw[:40]!r}")
+    if raw[:2] != b"\x1f\x8b": return raw
+    try: return gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error: raise ArchiveError(f"{Path(path).name}: damaged or cut gzip file ({error})") from error
+
+# %% ../nbs/14_archive.ipynb #aec57ceb
+def _units(raw, name):
+    "(begin, end, stated DATASUM or None) of every unit of a FITS file; ArchiveError if it cannot be parsed."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with fits.open(io.BytesIO(raw), lazy_load_hdus=False) as hdus:
-                units = [(h.fileinfo()["datLoc"], h.fileinfo()["datLoc"] + h.fileinfo()["datSpan"], h.header.get("DATASUM")) for h in hdus]
+                return [(h.fileinfo()["datLoc"], h.fileinfo()["datLoc"] + h.fileinfo()["datSpan"], h.header.get("DATASUM")) for h in hdus]
         except Exception as error:  # astropy raises many kinds on broken headers; the cause stays attached
-            raise ArchiveError(f"{Path(path).name}: damaged FITS file ({type(error).__name__}: {error})") from error
+            raise ArchiveError(f"{name}: damaged FITS file ({type(error).__name__}: {error})") from error
+
+# %% ../nbs/14_archive.ipynb #228f6cd0
+def verify_fits(path,             # FITS file, plain or gzipped
+                strict:bool=True, # False: a DATASUM that does not hold is told and not raised
+) -> str: # what was checked
+    "Check that a file is a complete FITS file and that its data sums hold. Raises ArchiveError with the reason."
+    raw = _unpacked(path)
+    if raw[:2] == b"\x1f\x9d": return "length"      # Unix compress: nothing inside can be read here
+    if raw[:9] != b"SIMPLE  =": raise ArchiveError(f"{Path(path).name}: not a FITS file, it begins with {raw[:40]!r}")
+    units = _units(raw, Path(path).name)
     if (end := units[-1][1]) > len(raw) or raw[end:].strip(b"\0 "): raise ArchiveError(f"{Path(path).name}: cut short or longer than it says, {len(raw)} bytes, {end} expected")
     stated = [(raw[a:b], str(d)) for a, b, d in units if str(d).strip().isdigit()]
     good = sum(data_sum(data) == int(d) for data, d in stated)
@@ -192,11 +212,12 @@ def stated_checksum(headers,     # headers of an answer, or a dict
     if whole and (value := headers.get("Content-MD5")): return "md5", base64.b64decode(value).hex()
     return "", ""
 
-# %% ../nbs/14_archive.ipynb #77aa72f8
+# %% ../nbs/14_archive.ipynb #9a9d5418
 class _Failure(Exception):
     "One attempt failed: reason, mend, whether to try again, and how long to wait before [s]."
     def __init__(self, reason, mend="", again=True, wait=None): self.reason, self.mend, self.again, self.wait = reason, mend, again, wait
 
+# %% ../nbs/14_archive.ipynb #2b23eff7
 def _check_answer(response, backoff):
     "Raise _Failure unless the answer brings a file, or a part of one."
     status, kind = response.status_code, response.headers.get("Content-Type", "")
@@ -209,19 +230,34 @@ def _check_answer(response, backoff):
         title = re.search(r"<title>(.*?)</title>", response.raw.read(20000, decode_content=False).decode("utf-8", "replace"), re.I | re.S)
         raise _Failure(f"a web page came in place of a file ({title[1].strip() if title else 'no title'!r})", "the file may need a login: give `token=`", again=False)
 
-# %% ../nbs/14_archive.ipynb #0bba14be
+# %% ../nbs/14_archive.ipynb #efee01b1
 def _write_note(note, **content):
     "Write a JSON file in one step, so that a crash leaves the old one or the new one."
     beside = note.with_name(note.name + ".new")
     beside.write_text(json.dumps(content))
     os.replace(beside, note)
 
+# %% ../nbs/14_archive.ipynb #c76d845d
 def _read_note(note, part):
     "The note of a begun file; empty if there is none, or none that can be read."
     try: return json.loads(note.read_text()) if part.is_file() else {}
     except (FileNotFoundError, ValueError): return {}
 
-# %% ../nbs/14_archive.ipynb #b2b2879d
+# %% ../nbs/14_archive.ipynb #bef33b35
+def _tag(headers):
+    "What a server says about the state of a file, to be sent back as If-Range; empty if it says nothing."
+    tag = headers.get("ETag", "")
+    return headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
+
+# %% ../nbs/14_archive.ipynb #67591041
+def _sent_part(response, start):
+    "Match of the range that an answer brings, None for the whole file; _Failure for a range that begins elsewhere."
+    if response.status_code != 206: return None
+    span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+    if not (span and int(span[1]) == start): raise _Failure("the archive sent another part than was asked for")
+    return span
+
+# %% ../nbs/14_archive.ipynb #e248ae4f
 def _transfer(session, url, part, stop, advance, backoff, headers):
     "Bring the rest of a file into `part`; the answer's headers and whether it was the whole. Raises _Failure."
     note = part.with_name(part.name + ".json")
@@ -231,13 +267,10 @@ def _transfer(session, url, part, stop, advance, backoff, headers):
     with session.get(url, headers=ask, stream=True) as response:
         if response.status_code == 416: part.unlink(missing_ok=True); note.unlink(missing_ok=True)
         _check_answer(response, backoff)
-        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", "")) if response.status_code == 206 else None
-        if response.status_code == 206 and not (span and int(span[1]) == start): raise _Failure("the archive sent another part than was asked for")
-        start = start if span else 0
+        span = _sent_part(response, start)
         total = int(span[2]) if span else int(response.headers.get("Content-Length", -1))
-        tag = response.headers.get("ETag", "")
         with open(part, "ab" if span else "wb") as file:
-            if not span: _write_note(note, tag=response.headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag)
+            if not span: _write_note(note, tag=_tag(response.headers))
             for chunk in response.raw.stream(1 << 16, decode_content=False):
                 file.write(chunk); advance(len(chunk))
                 if stop.is_set(): raise _Failure("interrupted", "the same call goes on from here", again=False)
@@ -264,7 +297,17 @@ def _finish(part, final, headers, whole, given, seen):
     part.with_name(part.name + ".json").unlink(missing_ok=True)
     return final, f"{name}, {checked}" if name else checked
 
-# %% ../nbs/14_archive.ipynb #8c9c0bc0
+# %% ../nbs/14_archive.ipynb #632063b9
+def _attempt(product, part, final, session, stop, advance, backoff, seen):
+    "Transfer and verify once: file, size and what was checked. Raises _Failure, whatever went wrong."
+    try:
+        headers, whole = _transfer(session, product["url"], part, stop, advance, backoff, product["headers"])
+        path, checked = _finish(part, final, headers, whole, product["checksum"], seen)
+        return dict(file=path.name, size=path.stat().st_size, checked=checked)
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        raise _Failure(f"{type(error).__name__}: {error}", "check the connection and the disk") from error
+
+# %% ../nbs/14_archive.ipynb #6fe21c29
 def _download_one(product, folder, session, stop, hold, advance, retries, backoff, max_wait):
     "All attempts for one file; a row of the report."
     final, begun, furthest, failures, attempts = folder / product["file"], time.perf_counter(), 0, 0, 0
@@ -274,12 +317,9 @@ def _download_one(product, folder, session, stop, hold, advance, retries, backof
         attempts += 1
         hold.wait(stop)
         try:
-            headers, whole = _transfer(session, product["url"], part, stop, advance, backoff * 2 ** failures, product["headers"])
-            path, checked = _finish(part, final, headers, whole, product["checksum"], seen)
-            row = dict(status="resumed" if resumed else "downloaded", file=path.name, size=path.stat().st_size, checked=checked, reason="", mend="")
+            row = dict(status="resumed" if resumed else "downloaded", **_attempt(product, part, final, session, stop, advance, backoff * 2 ** failures, seen), reason="", mend="")
             break
         except _Failure as caught: failure = caught
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error: failure = _Failure(f"{type(error).__name__}: {error}", "check the connection and the disk")
         size = part.stat().st_size if part.is_file() else 0
         failures, furthest = (failures if size > furthest else failures + 1), max(size, furthest)
         wait = backoff * 2 ** failures if failure.wait is None else failure.wait
@@ -298,26 +338,29 @@ class _Gate:
     def wait(self, stop):
         while (rest := self.time - time.monotonic()) > 0 and not stop.is_set(): stop.wait(min(rest, 0.2))
 
-# %% ../nbs/14_archive.ipynb #b212ca10
+# %% ../nbs/14_archive.ipynb #d905a02d
+def _sizes(products, n):
+    "Estimated sizes [byte] of `n` products, NaN where the table does not tell."
+    if "access_estsize" not in getattr(products, "columns", ()): return np.full(n, np.nan)
+    unit = getattr(products["access_estsize"], "unit", None) or u.kbyte
+    return np.ma.filled(np.ma.asarray(np.ma.array(products["access_estsize"], dtype=float)), np.nan) * u.Unit(unit).to(u.byte)
+
+# %% ../nbs/14_archive.ipynb #5595ec68
 def _products(products, file_url, checksums, token):
     "One dict a distinct product: id, url, file, size [byte] (NaN if unknown), checksum, headers."
     if isinstance(products, str): products = [products]
     tabular = hasattr(products, "columns")
     if tabular and "dp_id" not in products.columns: raise ArchiveError(f"the table of products has no column 'dp_id'; columns are {list(products.columns)}")
     ids = [str(i).strip() for i in (products["dp_id"] if tabular else products)]
-    sizes = np.full(len(ids), np.nan)
-    if tabular and "access_estsize" in products.columns:
-        unit = getattr(products["access_estsize"], "unit", None) or u.kbyte
-        sizes = np.ma.filled(np.ma.asarray(np.ma.array(products["access_estsize"], dtype=float)), np.nan) * u.Unit(unit).to(u.byte)
     out = {}
-    for name, size in zip(ids, sizes):
+    for name, size in zip(ids, _sizes(products, len(ids))):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:+-]{3,120}", name) or ".." in name: raise ArchiveError(f"{name!r} is not the id of a product, such as 'ADP.2014-09-16T11:03:30.987'")
         given = (checksums or {}).get(name)
         out[name] = dict(id=name, url=file_url + name, file=name.replace(":", "_") + ".fits", size=float(size), checksum=tuple(given.split(":", 1)) if given else None,
                          headers={"Authorization": f"Bearer {token}"} if token else {})
     return list(out.values())
 
-# %% ../nbs/14_archive.ipynb #3bdce79a
+# %% ../nbs/14_archive.ipynb #cac56dbc
 def _present(product, folder):
     "Row of the report for a file that is on disk already, or None."
     for ending in ("", ".gz", ".Z"):
@@ -325,6 +368,7 @@ def _present(product, folder):
         if path.is_file(): return dict(id=product["id"], status="present", file=path.name, size=path.stat().st_size, checked="", reason="", mend="", attempts=0, seconds=0.0)
     return None
 
+# %% ../nbs/14_archive.ipynb #48a3702d
 def _planned(product, session):
     "Row of the report of a dry run; the size is asked for where the table does not tell it."
     row = dict(id=product["id"], status="planned", file=product["file"], size=product["size"], checked="", reason="", mend="", attempts=0, seconds=0.0)
@@ -357,7 +401,7 @@ def download(products,       # table of `search`, or ids
         else: rows.update(_fetch_all(todo, folder, session, n_parallel, progress, (retries, backoff, max_wait)))
     return _report([rows[p["id"]] for p in plan], folder)
 
-# %% ../nbs/14_archive.ipynb #66992e36
+# %% ../nbs/14_archive.ipynb #5299d685
 def _fetch_all(todo, folder, session, n_parallel, progress, limits):
     "Transfers in parallel, with one bar in bytes; rows of the report by id. Ctrl-C waits for the transfers to put down what they hold."
     folder.mkdir(parents=True, exist_ok=True)
@@ -374,6 +418,7 @@ def _fetch_all(todo, folder, session, n_parallel, progress, limits):
             raise
     return rows
 
+# %% ../nbs/14_archive.ipynb #c596bbc6
 def _report(rows, folder):
     "The rows as a DataFrame, with the sum of bytes."
     report = pd.DataFrame(rows, columns=["id", "status", "file", "size", "checked", "reason", "mend", "attempts", "seconds"])
