@@ -622,11 +622,11 @@ def continuum_components(
     order = mixing.square().sum(1).argsort(descending=True)
     return (mixing*sign)[order], (unmixing*sign)[order]
 
-# %% ../nbs/21_nets.ipynb #b4bc0b2e
+# %% ../nbs/21_nets.ipynb #f89e0021
 START_ROWS = 1000 # fewer training spectra start without components of the continuum
 
 @patch
-def _start(self:SpectrumVAE, batches):
+def _continuum_start(self:SpectrumVAE, batches):
     "Mixing and unmixing of the continuum to start with; None where there is nothing to trust."
     n_rows = max(min(2048, 64_000_000//self.config.n_pixels), 4*self.n_start)
     rows = self.frontend.continua(batches, n_rows)
@@ -635,7 +635,7 @@ def _start(self:SpectrumVAE, batches):
     by_noise = (self.frontend.continua(batches, n_rows, more_noise=True) - rows) @ unmixing.T
     return None if (by_noise.var(0) > 0.5*(rows @ unmixing.T).var(0)).any() else (mixing, unmixing)
 
-# %% ../nbs/21_nets.ipynb #3cf9cd9a
+# %% ../nbs/21_nets.ipynb #143d34f6
 @patch
 @torch.no_grad()
 def fit_frontend(self:SpectrumVAE,
@@ -644,7 +644,7 @@ def fit_frontend(self:SpectrumVAE,
     "Fit the front end, then the components of the continuum, unless it has been done."
     if self.frontend.fitted: return self
     self.frontend.fit(batches)
-    if self.n_start == 0 or (start := self._start(batches)) is None: return self
+    if self.n_start == 0 or (start := self._continuum_start(batches)) is None: return self
     self.mixing.copy_(start[0]); self.unmixing.copy_(start[1])
     self.encoder.mean.weight[:self.n_start], self.encoder.mean.bias[:self.n_start] = 0., 0.
     return self
