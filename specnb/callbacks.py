@@ -36,7 +36,18 @@ def beta_at(
     position = min(progress / objective.schedule_fraction, 1.)
     return float(_SCHEDULES[objective.schedule](objective.beta_start, objective.beta_end)(position))
 
-# %% ../nbs/23_callbacks.ipynb #2e7c9f35
+# %% ../nbs/23_callbacks.ipynb #c4bf8efd
+def _further_terms(objective, progress, beta, kl, mean, logvar, z):
+    "Terms that an objective has or has not, name -> (value, weight)."
+    terms = {}
+    if objective.capacity is not None:
+        share = min(progress/objective.schedule_fraction, 1.) if objective.schedule_fraction else 1.
+        terms["capacity"] = (capacity_penalty(kl, objective.capacity*share), beta)
+    if objective.dip: terms["dip"] = (dip_penalty(mean, logvar, objective.dip_kind, objective.dip_diagonal), beta*objective.dip)
+    if objective.mmd: terms["mmd"] = (mmd(z, torch.randn_like(z)), beta*objective.mmd)
+    return terms
+
+# %% ../nbs/23_callbacks.ipynb #f4ffebb2
 def objective_terms(
     objective:Objective, # settings
     progress:float, # share of the training that is done, 0 to 1
@@ -49,14 +60,9 @@ def objective_terms(
     beta, kl = beta_at(objective, progress), kl_per_node(mean, logvar)
     correlation = decompose_kl(z, mean, logvar, n_data, objective.estimator)[1]
     terms = dict(kl=(kl.sum(), beta*objective.divergence), total_correlation=(correlation, beta*objective.total_correlation))
-    if objective.capacity is not None:
-        share = min(progress/objective.schedule_fraction, 1.) if objective.schedule_fraction else 1.
-        terms["capacity"] = (capacity_penalty(kl, objective.capacity*share), beta)
-    if objective.dip: terms["dip"] = (dip_penalty(mean, logvar, objective.dip_kind, objective.dip_diagonal), beta*objective.dip)
-    if objective.mmd: terms["mmd"] = (mmd(z, torch.randn_like(z)), beta*objective.mmd)
-    return terms
+    return terms | _further_terms(objective, progress, beta, kl, mean, logvar, z)
 
-# %% ../nbs/23_callbacks.ipynb #484c1f8f
+# %% ../nbs/23_callbacks.ipynb #5a06cf20
 class TermMetric(Metric):
     "Average over an epoch of a number that a callback computes for each batch."
     def __init__(self,
@@ -64,17 +70,24 @@ class TermMetric(Metric):
         name:str, # which of them, and the title of the column
     ): self.callback, self._name = callback, name
 
-    def reset(self): self.total, self.count = 0., 0
-    def accumulate(self, learn):
-        n = getattr(self.callback, "n_rows", len(learn.yb[0]))
-        self.total += float(self.callback.values.get(self._name, 0.))*n
-        self.count += n
-    @property
-    def value(self): return self.total/self.count if self.count else None
-    @property
-    def name(self): return self._name
+# %% ../nbs/23_callbacks.ipynb #bea5ec99
+@patch
+def reset(self:TermMetric): self.total, self.count = 0., 0
 
-# %% ../nbs/23_callbacks.ipynb #24707f81
+@patch
+def accumulate(self:TermMetric, learn):
+    n = getattr(self.callback, "n_rows", len(learn.yb[0]))
+    self.total += float(self.callback.values.get(self._name, 0.))*n
+    self.count += n
+
+# %% ../nbs/23_callbacks.ipynb #280fe58a
+@patch(as_prop=True)
+def value(self:TermMetric): return self.total/self.count if self.count else None
+
+@patch(as_prop=True)
+def name(self:TermMetric): return self._name
+
+# %% ../nbs/23_callbacks.ipynb #6ae7c187
 class DisentangleCallback(Callback):
     "Adds the terms of an objective to the loss, on a schedule, and logs every one of them."
     order = 40
@@ -86,14 +99,16 @@ class DisentangleCallback(Callback):
         self.objective = check_objective(Objective() if objective is None else objective)
         self.active_kl, self.values, self.node_kl, self.node_log, self._trained = active_kl, {}, [], [], False
 
-    def before_fit(self):
-        "Put the columns into the table, once."
-        names = ["reconstruction", "kl", "total_correlation", "beta", "n_active"]
-        names += [name for name in ("capacity", "dip", "mmd") if getattr(self.objective, name)]
-        own = [m.name for m in self.learn.metrics if isinstance(m, TermMetric) and m.callback is self]
-        self.learn._metrics = self.learn.metrics + [TermMetric(self, name) for name in names if name not in own]
+# %% ../nbs/23_callbacks.ipynb #1ed8d916
+@patch
+def before_fit(self:DisentangleCallback):
+    "Put the columns into the table, once."
+    names = ["reconstruction", "kl", "total_correlation", "beta", "n_active"]
+    names += [name for name in ("capacity", "dip", "mmd") if getattr(self.objective, name)]
+    own = [m.name for m in self.learn.metrics if isinstance(m, TermMetric) and m.callback is self]
+    self.learn._metrics = self.learn.metrics + [TermMetric(self, name) for name in names if name not in own]
 
-# %% ../nbs/23_callbacks.ipynb #f0a213e9
+# %% ../nbs/23_callbacks.ipynb #abae43bb
 @patch
 def _whole_batch(self:DisentangleCallback, *codes):
     "Codes of this process with those of the others, without stand-ins."
@@ -103,6 +118,7 @@ def _whole_batch(self:DisentangleCallback, *codes):
     self.n_rows = len(codes[0])
     return codes
 
+# %% ../nbs/23_callbacks.ipynb #5701e2c0
 @patch
 def _sample(self:DisentangleCallback, mean, logvar, z):
     "The code that the network drew; on validation data, one of our own."
@@ -124,7 +140,7 @@ def after_loss(self:DisentangleCallback):
     for value, weight in terms.values():
         if weight: self.learn.loss_grad, self.learn.loss = self.learn.loss_grad + weight*value, self.learn.loss + weight*value.detach()
 
-# %% ../nbs/23_callbacks.ipynb #d1435da7
+# %% ../nbs/23_callbacks.ipynb #f9a7e108
 @patch
 def before_train(self:DisentangleCallback): self._trained = True
 
@@ -138,6 +154,7 @@ def _note_nodes(self:DisentangleCallback, mean, logvar):
     self._means.append(mean.detach().cpu())
     self.values["n_active"] = float((self._node_sum/self._node_count > self.active_kl).sum())
 
+# %% ../nbs/23_callbacks.ipynb #3a311b0f
 @patch
 def after_validate(self:DisentangleCallback):
     "Keep divergence and activity of each node, and let the table show the count over the whole set."
@@ -178,7 +195,7 @@ def nodes_frame(self:DisentangleCallback,
     tables += [pd.DataFrame(dict(epoch=epoch, node=np.arange(len(kl)), kl=kl, activity=activity)) for epoch, kl, activity in self.node_log]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["epoch", "node", "kl", "activity"])
 
-# %% ../nbs/23_callbacks.ipynb #ca3992a1
+# %% ../nbs/23_callbacks.ipynb #3854effc
 def _show_png(png, display_id, update):
     "Show a picture in the running notebook, or in place of an earlier one; nothing outside a notebook."
     ipython = sys.modules.get("IPython")
@@ -188,6 +205,7 @@ def _show_png(png, display_id, update):
     display(Image(data=png), display_id=display_id, update=update)
     return True
 
+# %% ../nbs/23_callbacks.ipynb #559331b6
 class LiveNodes(Callback):
     "Shows divergence and activity of every node, and the terms of the loss, anew after every epoch."
     order = 61 # after the Recorder
@@ -196,11 +214,13 @@ class LiveNodes(Callback):
         dpi:int=70, # dots per inch of the picture
     ): self.dpi, self.rows, self._shown = dpi, [], False
 
-    def before_fit(self):
-        "Find the callback whose nodes are drawn; ValueError where there is none."
-        found = [cb for cb in self.learn.cbs if isinstance(cb, DisentangleCallback)]
-        if not found: raise ValueError("LiveNodes draws what a DisentangleCallback records: give the learner one")
-        self.nodes, self._id, self._shown = found[0], uuid.uuid4().hex, False
+# %% ../nbs/23_callbacks.ipynb #ba891f74
+@patch
+def before_fit(self:LiveNodes):
+    "Find the callback whose nodes are drawn; ValueError where there is none."
+    found = [cb for cb in self.learn.cbs if isinstance(cb, DisentangleCallback)]
+    if not found: raise ValueError("LiveNodes draws what a DisentangleCallback records: give the learner one")
+    self.nodes, self._id, self._shown = found[0], uuid.uuid4().hex, False
 
 # %% ../nbs/23_callbacks.ipynb #f3fbac83
 @patch
@@ -214,58 +234,76 @@ def after_epoch(self:LiveNodes):
     self.figure().savefig(png, format="png")
     self._shown = _show_png(png.getvalue(), self._id, self._shown) or self._shown
 
-# %% ../nbs/23_callbacks.ipynb #283fbbfc
-_LIVE_TERMS = dict(reconstruction="reconstruction", total_correlation="total corr. [nat]", beta="beta [1/nat]")
+# %% ../nbs/23_callbacks.ipynb #ce29f93f
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+def _draw_nodes(axes, table, active_kl):
+    "Divergence and activity of every node, epoch by epoch."
+    for node, values in table.groupby("node"):
+        alive = values.kl.iloc[-1] > active_kl
+        look = dict(color=_COLOURS[node % 7], ls=("-", "--", ":")[node//7 % 3], lw=1.5, marker=".", label=str(node)) if alive else dict(color="0.75", lw=0.7, zorder=1)
+        for name in ("kl", "activity"): axes[name].plot(values.epoch + 1, values[name], **look)
+    axes["kl"].axhline(active_kl, color="0.3", lw=0.7, ls=":")
+    axes["kl"].set(xlabel="epoch", ylabel="KL [nat]"); axes["activity"].set(xlabel="epoch", ylabel="variance of the mean")
+    if axes["kl"].get_legend_handles_labels()[1]: axes["kl"].legend(title="node", frameon=False, fontsize=7, title_fontsize=7, ncols=2)
+
+# %% ../nbs/23_callbacks.ipynb #0db072b0
+_LIVE_TERMS = dict(reconstruction="reconstruction", total_correlation="total corr. [nat]", beta="beta [1/nat]")
+
+def _draw_terms(axes, rows):
+    "The terms of the loss, epoch by epoch."
+    for name, label in _LIVE_TERMS.items():
+        values = [row.get(name, np.nan) for row in rows]
+        axes[name].plot([row["epoch"] + 1 for row in rows], values, color="0.2", marker=".")
+        axes[name].set_ylabel(label, fontsize=7); axes[name].tick_params(labelsize=7)
+        if name == "beta" and np.all(np.array(values) > 0): axes[name].set_yscale("log"); axes[name].minorticks_off()
+    axes["beta"].set_xlabel("epoch")
+
+# %% ../nbs/23_callbacks.ipynb #bce357dc
 @patch
 def figure(self:LiveNodes
 )->Figure: # unknown to pyplot, so there is nothing to close
     "Divergence and activity of every node, and the terms of the loss, epoch by epoch."
     figure = Figure(figsize=(8.5, 3.2), dpi=self.dpi, layout="constrained")
-    axes, table = figure.subplot_mosaic([["kl", "activity", name] for name in _LIVE_TERMS]), self.nodes.nodes_frame()
-    for node, values in table.groupby("node"):
-        alive = values.kl.iloc[-1] > self.nodes.active_kl
-        look = dict(color=_COLOURS[node % 7], ls=("-", "--", ":")[node//7 % 3], lw=1.5, marker=".", label=str(node)) if alive else dict(color="0.75", lw=0.7, zorder=1)
-        for name in ("kl", "activity"): axes[name].plot(values.epoch + 1, values[name], **look)
-    axes["kl"].axhline(self.nodes.active_kl, color="0.3", lw=0.7, ls=":")
-    axes["kl"].set(xlabel="epoch", ylabel="KL [nat]"); axes["activity"].set(xlabel="epoch", ylabel="variance of the mean")
-    if axes["kl"].get_legend_handles_labels()[1]: axes["kl"].legend(title="node", frameon=False, fontsize=7, title_fontsize=7, ncols=2)
-    for name, label in _LIVE_TERMS.items():
-        values = [row.get(name, np.nan) for row in self.rows]
-        axes[name].plot([row["epoch"] + 1 for row in self.rows], values, color="0.2", marker=".")
-        axes[name].set_ylabel(label, fontsize=7); axes[name].tick_params(labelsize=7)
-        if name == "beta" and np.all(np.array(values) > 0): axes[name].set_yscale("log"); axes[name].minorticks_off()
-    axes["beta"].set_xlabel("epoch")
+    axes = figure.subplot_mosaic([["kl", "activity", name] for name in _LIVE_TERMS])
+    _draw_nodes(axes, self.nodes.nodes_frame(), self.nodes.active_kl)
+    _draw_terms(axes, self.rows)
     return figure
 
-# %% ../nbs/23_callbacks.ipynb #3340457d
+# %% ../nbs/23_callbacks.ipynb #fc8f3ee9
 class _WholeLoss(AvgLoss):
     "Mean loss over the spectra of all processes."
     def accumulate(self, learn):
         self.total, self.count = self.total + learn.loss.detach().cpu()*learn.average_ranks.n_rows, self.count + learn.average_ranks.n_rows
 
+# %% ../nbs/23_callbacks.ipynb #d01119ca
 class AverageRanks(Callback):
     "Lets processes train one network as a single one would; needs a loader that deals rows out to ranks."
     order = 39 # before the terms of the whole batch are added
 
-    def before_fit(self):
-        "Begin with the same weights everywhere."
-        same_everywhere(self.model)
-        vars(self.learn.recorder)["loss"] = _WholeLoss() # its own attribute, beside one of the learner with this name
+# %% ../nbs/23_callbacks.ipynb #fc30383a
+@patch
+def before_fit(self:AverageRanks):
+    "Begin with the same weights everywhere."
+    same_everywhere(self.model)
+    vars(self.learn.recorder)["loss"] = _WholeLoss() # its own attribute, beside one of the learner with this name
 
-    def after_loss(self):
-        "Weigh the loss of this process by its share of the valid pixels, and log that of the whole batch."
-        positions, device = getattr(self.dl, "positions", None), self.learn.loss.device
-        valid = (self.pred[6] > 0).sum()
-        n_valid = total(valid, device)
-        self.n_rows = int(total(len(self.yb[0]) if positions is None else len(positions), device))
-        self.learn.loss_grad = self.learn.loss_grad*(place()[1]*valid/n_valid).to(self.learn.loss_grad)
-        self.learn.loss = (total(self.learn.loss.detach()*valid, device)/n_valid).to(self.learn.loss_grad)
+# %% ../nbs/23_callbacks.ipynb #255a62ef
+@patch
+def after_loss(self:AverageRanks):
+    "Weigh the loss of this process by its share of the valid pixels, and log that of the whole batch."
+    positions, device = getattr(self.dl, "positions", None), self.learn.loss.device
+    valid = (self.pred[6] > 0).sum()
+    n_valid = total(valid, device)
+    self.n_rows = int(total(len(self.yb[0]) if positions is None else len(positions), device))
+    self.learn.loss_grad = self.learn.loss_grad*(place()[1]*valid/n_valid).to(self.learn.loss_grad)
+    self.learn.loss = (total(self.learn.loss.detach()*valid, device)/n_valid).to(self.learn.loss_grad)
 
-    def after_backward(self): average_gradients(self.model.parameters())
+# %% ../nbs/23_callbacks.ipynb #3e5626a8
+@patch
+def after_backward(self:AverageRanks): average_gradients(self.model.parameters())
 
-# %% ../nbs/23_callbacks.ipynb #5e3eaad7
+# %% ../nbs/23_callbacks.ipynb #a0afda67
 class EpochSeed(Callback):
     "Seeds noise and order afresh in every epoch."
     order = -15
@@ -274,50 +312,67 @@ class EpochSeed(Callback):
         seed:int=0, # of the run
     ): self.seed = seed
 
-    def before_fit(self): self._before = torch.get_rng_state()
-    def after_fit(self): torch.set_rng_state(self._before)
-    def before_epoch(self):
-        "Seed torch, and tell the loader which epoch this is."
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0]))
-        self.dls.train.epoch = self.epoch
+# %% ../nbs/23_callbacks.ipynb #4bd0edbb
+@patch
+def before_epoch(self:EpochSeed):
+    "Seed torch, and tell the loader which epoch this is."
+    torch.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0]))
+    self.dls.train.epoch = self.epoch
 
-# %% ../nbs/23_callbacks.ipynb #9aed05d2
+# %% ../nbs/23_callbacks.ipynb #ceddb369
+@patch
+def before_fit(self:EpochSeed): self._before = torch.get_rng_state()
+
+@patch
+def after_fit(self:EpochSeed): torch.set_rng_state(self._before)
+
+# %% ../nbs/23_callbacks.ipynb #96073c81
 class StopOnNaN(Callback):
     "Stops before a step with a loss that is not finite, and names the spectra of the batch, those that look guilty first."
     order = 42
 
-    def after_loss(self):
-        if not self.training or torch.isfinite(self.learn.loss): return
-        if hasattr(self.learn, "lr_finder"): raise CancelFitException
-        flux, ivar = self.learn.xb[:2] if len(self.learn.xb) > 1 else self.learn.yb[:2]
-        weighed = torch.nan_to_num((flux.abs()*ivar.clamp_min(0).sqrt()).amax(-1), nan=torch.inf)
-        names = self._names(len(flux))[torch.argsort(weighed, descending=True).cpu().numpy()]
-        error = FloatingPointError(f"the loss is {self.learn.loss.item()} in epoch {self.epoch}, batch {self.iter}; the weights are untouched. Spectra of the batch, "
-                                   f"largest signal-to-noise first: {', '.join(names[:40])}{' ...' if len(names) > 40 else ''}. Lower the learning rate, or look at the first of these")
-        error.spectrum_id = list(names)
-        raise error
+# %% ../nbs/23_callbacks.ipynb #274ccb70
+@patch
+def _names(self:StopOnNaN, n):
+    "spectrum_id of the batch, or numbers of its rows where the loader has none."
+    if len(getattr(self.dl, "positions", None) if hasattr(self.dl, "batch_coord") else ()) != n: return np.arange(n).astype(str)
+    return self.dl.batch_coord("spectrum_id").astype(str)
 
-    def _names(self, n):
-        "spectrum_id of the batch, or numbers of its rows where the loader has none."
-        if len(getattr(self.dl, "positions", None) if hasattr(self.dl, "batch_coord") else ()) != n: return np.arange(n).astype(str)
-        return self.dl.batch_coord("spectrum_id").astype(str)
+# %% ../nbs/23_callbacks.ipynb #ec8ae146
+@patch
+def after_loss(self:StopOnNaN):
+    if not self.training or torch.isfinite(self.learn.loss): return
+    if hasattr(self.learn, "lr_finder"): raise CancelFitException
+    flux, ivar = self.learn.xb[:2] if len(self.learn.xb) > 1 else self.learn.yb[:2]
+    weighed = torch.nan_to_num((flux.abs()*ivar.clamp_min(0).sqrt()).amax(-1), nan=torch.inf)
+    names = self._names(len(flux))[torch.argsort(weighed, descending=True).cpu().numpy()]
+    error = FloatingPointError(f"the loss is {self.learn.loss.item()} in epoch {self.epoch}, batch {self.iter}; the weights are untouched. Spectra of the batch, "
+                               f"largest signal-to-noise first: {', '.join(names[:40])}{' ...' if len(names) > 40 else ''}. Lower the learning rate, or look at the first of these")
+    error.spectrum_id = list(names)
+    raise error
 
-# %% ../nbs/23_callbacks.ipynb #83ecdbbb
+# %% ../nbs/23_callbacks.ipynb #d4d99630
+def _origin(flux, shift):
+    "Whole pixel that each pixel comes from (batch, pixel), and the share of one by which it lies behind it (batch, 1)."
+    back = -torch.as_tensor(shift, dtype=torch.float64, device="cpu")
+    back = torch.where((back - back.round()).abs() < 1e-6, back.round(), back)
+    part = (back - back.floor()).to(flux)[:, None]
+    return torch.arange(flux.shape[1], device=flux.device) + back.floor().long().to(flux.device)[:, None], part
+
+# %% ../nbs/23_callbacks.ipynb #3da380d1
 def _cubic_weights(part):
     "Weights of the four pixels around a place `part` (0 to 1) between the second and the third [Keys 1981]."
     p2, p3 = part**2, part**3
     return -0.5*part + p2 - 0.5*p3, 1 - 2.5*p2 + 1.5*p3, 0.5*part + 2*p2 - 1.5*p3, -0.5*p2 + 0.5*p3
 
+# %% ../nbs/23_callbacks.ipynb #8a80ff20
 def shift_pixels(
     flux:torch.Tensor, # (batch, pixel) flux
     ivar:torch.Tensor, # (batch, pixel) inverse variance, 0 = do not use
     shift:torch.Tensor, # (batch,) towards higher pixel numbers [pixel]
 )->tuple[torch.Tensor, torch.Tensor]: # flux and ivar, 0 where a masked pixel or the outside was touched
     "Spectra moved by any fraction of a pixel, by cubic convolution [Keys 1981]."
-    back = -torch.as_tensor(shift, dtype=torch.float64, device="cpu")
-    back = torch.where((back - back.round()).abs() < 1e-6, back.round(), back)
-    part = (back - back.floor()).to(flux)[:, None] # (batch, 1)
-    index = torch.arange(flux.shape[1], device=flux.device) + back.floor().long().to(flux.device)[:, None] # (batch, pixel)
+    index, part = _origin(flux, shift)
     total, variance, good = torch.zeros_like(flux), torch.zeros_like(flux), torch.ones_like(flux, dtype=torch.bool)
     for k, (weight, linear) in enumerate(zip(_cubic_weights(part), (0*part, 1 - part, part, 0*part)), -1):
         near = (index + k).clamp(0, flux.shape[1] - 1)
@@ -329,7 +384,7 @@ def shift_pixels(
     same = ivar.gather(1, index.clamp(0, flux.shape[1] - 1))
     return torch.where(good, total, 0.), torch.where(good, torch.where(part == 0, same, 1/variance), 0.)
 
-# %% ../nbs/23_callbacks.ipynb #e7d4a6b3
+# %% ../nbs/23_callbacks.ipynb #af36ccb9
 class VelocityWhitening(Callback):
     "Moves every training spectrum, input and target alike, by a random radial velocity [Sedaghat et al. 2023]."
     order = 20
@@ -344,11 +399,12 @@ class VelocityWhitening(Callback):
         if frame not in (None, "barycentric", "topocentric"): raise ValueError(f"frame={frame!r} is not known: use 'barycentric', 'topocentric' or None")
         self.scale, self.distribution, self.frame = scale, distribution, frame
 
-    @property
-    def settings(self)->dict: # what a run should note of it
-        return dict(name="VelocityWhitening", scale=self.scale, distribution=self.distribution, frame=self.frame)
+# %% ../nbs/23_callbacks.ipynb #3c96187a
+@patch(as_prop=True)
+def settings(self:VelocityWhitening)->dict: # what a run should note of it
+    return dict(name="VelocityWhitening", scale=self.scale, distribution=self.distribution, frame=self.frame)
 
-# %% ../nbs/23_callbacks.ipynb #2ce212d7
+# %% ../nbs/23_callbacks.ipynb #c00b591f
 @patch
 def before_fit(self:VelocityWhitening):
     "Refuse a grid, a frame or corrections that do not fit; raises ValueError."
@@ -361,6 +417,7 @@ def before_fit(self:VelocityWhitening):
     missing = ~np.isfinite(rows.coord("berv"))
     if missing.any(): raise ValueError(f"{missing.sum()} of {len(missing)} training spectra have no berv, so they cannot be moved to the {self.frame} frame: drop them, or use frame=None")
 
+# %% ../nbs/23_callbacks.ipynb #6efb61be
 @patch
 def before_batch(self:VelocityWhitening):
     "Move the batch, in training."
@@ -374,7 +431,7 @@ def before_batch(self:VelocityWhitening):
     target = moved if self.yb[0] is self.xb[0] and self.yb[1] is self.xb[1] else shift_pixels(*self.yb[:2], torch.from_numpy(shift))
     self.learn.xb, self.learn.yb = (*moved, *self.xb[2:]), (*target, *self.yb[2:])
 
-# %% ../nbs/23_callbacks.ipynb #01cd56cc
+# %% ../nbs/23_callbacks.ipynb #d6fc3cb7
 class NoiseAugmentation(Callback):
     "Adds noise to the input of every training spectrum; the target stays as it was measured."
     order = 21 # after a virtual velocity
@@ -386,16 +443,18 @@ class NoiseAugmentation(Callback):
         if not 0 < lowest <= highest <= 1: raise ValueError(f"lowest={lowest!r}, highest={highest!r}: use 0 < lowest <= highest <= 1")
         self.lowest, self.highest = lowest, highest
 
-    def before_batch(self):
-        "Add the noise, in training."
-        if not self.training: return
-        flux, ivar = self.xb[:2]
-        share = own_rows(lambda n: torch.rand(n, 1), len(flux)).to(flux)
-        factor = self.lowest**share * self.highest**(1 - share) # (batch, 1)
-        sigma = torch.where(ivar > 0, (1/factor**2 - 1).sqrt()*ivar.clamp_min(1e-30).rsqrt(), 0.)
-        self.learn.xb = (flux + sigma*own_rows(lambda n: torch.randn(n, flux.shape[1], device=flux.device), len(flux)), ivar*factor**2, *self.xb[2:])
+# %% ../nbs/23_callbacks.ipynb #05bd3e0b
+@patch
+def before_batch(self:NoiseAugmentation):
+    "Add the noise, in training."
+    if not self.training: return
+    flux, ivar = self.xb[:2]
+    share = own_rows(lambda n: torch.rand(n, 1), len(flux)).to(flux)
+    factor = self.lowest**share * self.highest**(1 - share) # (batch, 1)
+    sigma = torch.where(ivar > 0, (1/factor**2 - 1).sqrt()*ivar.clamp_min(1e-30).rsqrt(), 0.)
+    self.learn.xb = (flux + sigma*own_rows(lambda n: torch.randn(n, flux.shape[1], device=flux.device), len(flux)), ivar*factor**2, *self.xb[2:])
 
-# %% ../nbs/23_callbacks.ipynb #5aff2230
+# %% ../nbs/23_callbacks.ipynb #3075453d
 @patch
 def after_pred(self:NoiseAugmentation):
     "Target and weight of the loss from the clean spectrum."
@@ -404,6 +463,7 @@ def after_pred(self:NoiseAugmentation):
     target = self.model.frontend.emphasise(target)
     self.learn.pred = (*self.pred[:5], target, weight, *self.pred[7:])
 
+# %% ../nbs/23_callbacks.ipynb #dd9567a0
 @patch(as_prop=True)
 def settings(self:NoiseAugmentation
 )->dict: # what a run should note of it

@@ -25,11 +25,12 @@ def masked_mean(
     total = torch.where(weight > 0, values * weight, torch.zeros_like(values)).sum()
     return total / weight.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
-# %% ../nbs/22_objectives.ipynb #b3735673
+# %% ../nbs/22_objectives.ipynb #16808db6
 def _difference(output, target, weight):
     "Output minus target, exactly zero, with zero gradient, where there is no measurement."
     return torch.where(weight > 0, output - torch.where(weight > 0, target, 0.), 0.)
 
+# %% ../nbs/22_objectives.ipynb #d6d3e9b0
 def masked_l2(
     output:torch.Tensor, # (batch, channel, pixel) what the decoder made
     target:torch.Tensor, # (batch, channel, pixel) what it should have made
@@ -38,6 +39,7 @@ def masked_l2(
     "Mean squared difference over valid pixels."
     return masked_mean(_difference(output, target, weight).square(), weight)
 
+# %% ../nbs/22_objectives.ipynb #6da6f855
 def masked_l1(
     output:torch.Tensor, # (batch, channel, pixel) what the decoder made
     target:torch.Tensor, # (batch, channel, pixel) what it should have made
@@ -72,7 +74,17 @@ def log_normal_density(
     "Log density of independent normals, node by node."
     return -0.5 * (math.log(2 * math.pi) + logvar + (z - mean).square() * (-logvar).exp())
 
-# %% ../nbs/22_objectives.ipynb #5054d06d
+# %% ../nbs/22_objectives.ipynb #0d50d261
+def _stratified(batch_size, n_data, device):
+    "(batch, batch) weights of stratified sampling."
+    others = batch_size - 1
+    weight = torch.full((batch_size, batch_size), 1 / others, device=device)
+    row = torch.arange(batch_size, device=device)
+    weight[row, row] = 1 / n_data
+    weight[row, (row + 1) % batch_size] = max(n_data - others, 1e-9) / (n_data * others)
+    return weight
+
+# %% ../nbs/22_objectives.ipynb #b8e6bfff
 def log_importance(
     batch_size:int, # number of spectra in the batch
     n_data:int, # number of spectra in the training set
@@ -84,14 +96,9 @@ def log_importance(
         raise ValueError(f"estimator={estimator!r} is not known: use 'weighted' or 'stratified'")
     if estimator == "weighted" or batch_size < 3:
         return torch.full((batch_size, batch_size), -math.log(batch_size * n_data), device=device)
-    others = batch_size - 1
-    weight = torch.full((batch_size, batch_size), 1 / others, device=device)
-    row = torch.arange(batch_size, device=device)
-    weight[row, row] = 1 / n_data
-    weight[row, (row + 1) % batch_size] = max(n_data - others, 1e-9) / (n_data * others)
-    return weight.log()
+    return _stratified(batch_size, n_data, device).log()
 
-# %% ../nbs/22_objectives.ipynb #be20ec23
+# %% ../nbs/22_objectives.ipynb #a12a9b99
 def decompose_kl(
     z:torch.Tensor, # (batch, latent) a sample of each code
     mean:torch.Tensor, # (batch, latent) mean of the code
@@ -108,6 +115,7 @@ def decompose_kl(
     log_prior = log_normal_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
     return (log_posterior - log_qz).mean(), (log_qz - log_nodes).mean(), (log_nodes - log_prior).mean()
 
+# %% ../nbs/22_objectives.ipynb #19ca566e
 def total_correlation(
     z:torch.Tensor, # (batch, latent) a sample of each code
     mean:torch.Tensor, # (batch, latent) mean of the code
@@ -141,10 +149,11 @@ def dip_penalty(
     variances = covariance.diagonal()
     return covariance.square().sum() - variances.square().sum() + diagonal * (variances - 1).square().sum()
 
-# %% ../nbs/22_objectives.ipynb #5b5398bb
+# %% ../nbs/22_objectives.ipynb #af190ba1
 def _gaussian_kernel(a, b, width):
     return torch.exp(-torch.cdist(a, b).square() / (2 * width**2))
 
+# %% ../nbs/22_objectives.ipynb #41cd45cd
 def mmd(
     z:torch.Tensor, # (batch, latent) samples of the code
     prior:torch.Tensor, # (sample, latent) draws from the prior
@@ -175,14 +184,12 @@ class Objective:
     dip_kind:str = "ii" # covariance of the means, "i", or of the samples, "ii"
     dip_diagonal:float = 1. # weight of the variances relative to the off-diagonal terms
 
-# %% ../nbs/22_objectives.ipynb #9cec3921
+# %% ../nbs/22_objectives.ipynb #20902c27
 _CHOICES = dict(reconstruction=("l2", "l1", "chi2"), schedule=("geometric", "linear", "cosine"),
                 estimator=("weighted", "stratified"), dip_kind=("i", "ii"))
 
-def check_objective(
-    objective:Objective, # settings to look at
-)->Objective: # the same, if nothing is wrong with it
-    "Refuse settings that cannot be meant; raises ValueError that names field and mend."
+def _check_fields(objective):
+    "Refuse words that are not known, and weights that are no weights."
     for field, allowed in _CHOICES.items():
         value = getattr(objective, field)
         if value not in allowed: raise ValueError(f"{field}={value!r} is not known: use one of {allowed}")
@@ -190,13 +197,20 @@ def check_objective(
         value = getattr(objective, field)
         if field == "capacity" and value is None: continue
         if not (math.isfinite(value) and value >= 0): raise ValueError(f"{field}={value!r}: use a finite number >= 0")
+
+# %% ../nbs/22_objectives.ipynb #10957cab
+def check_objective(
+    objective:Objective, # settings to look at
+)->Objective: # the same, if nothing is wrong with it
+    "Refuse settings that cannot be meant; raises ValueError that names field and mend."
+    _check_fields(objective)
     if not 0 <= objective.schedule_fraction <= 1:
         raise ValueError(f"schedule_fraction={objective.schedule_fraction!r}: use a share between 0 and 1")
     if objective.schedule == "geometric" and objective.schedule_fraction > 0 and min(objective.beta_start, objective.beta_end) == 0:
         raise ValueError("a geometric schedule cannot start from or reach beta 0: use schedule='linear'")
     return objective
 
-# %% ../nbs/22_objectives.ipynb #b2334723
+# %% ../nbs/22_objectives.ipynb #9fd636ce
 _LATER = dict(dip_kind="ii", dip_diagonal=1.) # fields that came after the format was first written, and what was meant before
 
 def objective_from_json(
@@ -209,13 +223,14 @@ def objective_from_json(
                          "it was written by another version of specnb")
     return check_objective(Objective(**values))
 
+# %% ../nbs/22_objectives.ipynb #a2772be1
 def objective_to_json(
     objective:Objective, # settings
 )->str: # JSON object with one entry a field; fields of `_LATER` only where they differ from what was meant before
     "Settings as JSON."
     return json.dumps({name: value for name, value in asdict(objective).items() if name not in _LATER or value != _LATER[name]})
 
-# %% ../nbs/22_objectives.ipynb #481d96d0
+# %% ../nbs/22_objectives.ipynb #85210f8a
 OBJECTIVES = {
     "beta_tcvae": Objective(),
     "beta_vae": Objective(beta_start=1e-3, beta_end=1e-3, schedule_fraction=0., total_correlation=0.),
@@ -227,6 +242,7 @@ OBJECTIVES = {
     "autoencoder": Objective(beta_start=0., beta_end=0., schedule_fraction=0., total_correlation=0.),
 }
 
+# %% ../nbs/22_objectives.ipynb #f66e87e9
 def objective_settings(
     objective:str|Objective="beta_tcvae", # a name of `OBJECTIVES`, or settings
     **overrides, # fields to change
