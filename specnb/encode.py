@@ -21,7 +21,14 @@ from .prep import prepare
 from .ranks import is_first, place, wait_for_all
 from .spectra import fingerprint, make_latents
 
-# %% ../nbs/25_encode.ipynb #98b4511f
+# %% ../nbs/25_encode.ipynb #924c14a8
+def _check_axis(bundle, wavelength):
+    "Raise ValueError where medium or frame are not those of the network."
+    for name in ("medium", "frame"):
+        if wavelength.attrs.get(name) != getattr(bundle, name):
+            raise ValueError(f"the spectra are in {name} {wavelength.attrs.get(name)!r}, the network was trained in {getattr(bundle, name)!r}: convert them, or correct wavelength.attrs[{name!r}]")
+
+# %% ../nbs/25_encode.ipynb #8cb4d635
 def check_grid(
     bundle:Bundle, # trained network
     wavelength:xr.DataArray, # (pixel,) grid of the spectra after preparation [Angstrom]
@@ -33,9 +40,7 @@ def check_grid(
     worst = np.abs(values - own).max()
     if worst > 0.01*np.diff(own).min():
         raise ValueError(f"the grid of the spectra ({values[0]:.2f}-{values[-1]:.2f} Angstrom) differs from the network's ({own[0]:.2f}-{own[-1]:.2f}) by up to {worst:.3g} Angstrom: {mend}")
-    for name in ("medium", "frame"):
-        if wavelength.attrs.get(name) != getattr(bundle, name):
-            raise ValueError(f"the spectra are in {name} {wavelength.attrs.get(name)!r}, the network was trained in {getattr(bundle, name)!r}: convert them, or correct wavelength.attrs[{name!r}]")
+    _check_axis(bundle, wavelength)
 
 # %% ../nbs/25_encode.ipynb #6a1993ed
 @torch.inference_mode()
@@ -62,7 +67,7 @@ def _blocks(ds, bs):
     if edges[-1] < ds.sizes["spectrum"]: edges.append(ds.sizes["spectrum"])
     return [(start, min(start + 4096, stop)) for low, stop in zip(edges, edges[1:]) for start in range(low, stop, 4096)]
 
-# %% ../nbs/25_encode.ipynb #244791f3
+# %% ../nbs/25_encode.ipynb #a840c3ed
 class Parts:
     "Codes of blocks of rows, kept in a folder or in memory until all are there."
     def __init__(self,
@@ -74,22 +79,27 @@ class Parts:
         self.folder, self.kept = None if folder is None else Path(folder)/mark, {}
         if self.folder: self.folder.mkdir(parents=True, exist_ok=True)
 
-    def _path(self, block): return self.folder/f"{block[0]}-{block[1]}.npz"
+# %% ../nbs/25_encode.ipynb #e814d0ab
+@patch
+def _path(self:Parts, block): return self.folder/f"{block[0]}-{block[1]}.npz"
 
-    def put(self, block, mean, sigma, chi2):
-        "Keep the codes of a block; a file appears under its name when it is complete."
-        if self.folder is None: self.kept[block] = (mean, sigma, chi2); return
-        def write(part):
-            with open(part, "wb") as file: np.savez(file, mean=mean, sigma=sigma, chi2=chi2)
-        _atomic_write(self._path(block), write)
+@patch
+def put(self:Parts, block, mean, sigma, chi2):
+    "Keep the codes of a block; a file appears under its name when it is complete."
+    if self.folder is None: self.kept[block] = (mean, sigma, chi2); return
+    def write(part):
+        with open(part, "wb") as file: np.savez(file, mean=mean, sigma=sigma, chi2=chi2)
+    _atomic_write(self._path(block), write)
 
-    def get(self, block):
-        "Codes of a block; None where they are missing or damaged."
-        if self.folder is None: return self.kept.get(block)
-        try:
-            with np.load(self._path(block), allow_pickle=False) as file: found = file["mean"], file["sigma"], file["chi2"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return None
-        return found if len(found[2]) == block[1] - block[0] else None
+# %% ../nbs/25_encode.ipynb #19840d40
+@patch
+def get(self:Parts, block):
+    "Codes of a block; None where they are missing or damaged."
+    if self.folder is None: return self.kept.get(block)
+    try:
+        with np.load(self._path(block), allow_pickle=False) as file: found = file["mean"], file["sigma"], file["chi2"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return None
+    return found if len(found[2]) == block[1] - block[0] else None
 
 # %% ../nbs/25_encode.ipynb #74341601
 @patch
@@ -99,7 +109,13 @@ def remove(self:Parts):
     shutil.rmtree(self.folder)
     if not any(self.folder.parent.iterdir()): self.folder.parent.rmdir()
 
-# %% ../nbs/25_encode.ipynb #c3a267aa
+# %% ../nbs/25_encode.ipynb #2f428b79
+def _divided(waiting, n):
+    "The first n rows of batches that wait, and the rest as one batch."
+    whole = [np.concatenate(values) for values in zip(*waiting)]
+    return tuple(values[:n] for values in whole), [tuple(values[n:] for values in whole)]
+
+# %% ../nbs/25_encode.ipynb #8e953907
 def _encode_blocks(model, ds, recipe, blocks, parts, bs, device, bar):
     "Encode the rows of some blocks and hand each over as soon as it is complete."
     if not blocks: return
@@ -109,11 +125,9 @@ def _encode_blocks(model, ds, recipe, blocks, parts, bs, device, bar):
         waiting.append(encode_rows(model, flux.numpy(), ivar.numpy(), device))
         ahead += len(flux)
         bar.update(len(flux))
-        while blocks and ahead >= blocks[0][1] - blocks[0][0]:
-            done = [np.concatenate(values) for values in zip(*waiting)]
-            n = blocks[0][1] - blocks[0][0]
-            parts.put(blocks.pop(0), *(values[:n] for values in done))
-            waiting, ahead = [tuple(values[n:] for values in done)], ahead - n
+        while blocks and ahead >= (n := blocks[0][1] - blocks[0][0]):
+            done, waiting, ahead = *_divided(waiting, n), ahead - n
+            parts.put(blocks.pop(0), *done)
 
 # %% ../nbs/25_encode.ipynb #616fa3e4
 def _encode_all(bundle, ds, bs, device, progress, parts):
@@ -147,7 +161,15 @@ def encode(
     mean, sigma, chi2 = _encode_all(bundle, ds, bs, device, progress, parts)
     return make_latents(mean, sigma, chi2, coords_from=ds, attrs=dict(bundle=bundle.fingerprint))
 
-# %% ../nbs/25_encode.ipynb #1ac8fb2e
+# %% ../nbs/25_encode.ipynb #b89f9668
+def _codes(z, n_latent):
+    "(n, latent) float32 codes from what somebody gave; ValueError where they are none."
+    z = np.atleast_2d(np.asarray(z, dtype=np.float32))
+    if z.ndim != 2 or z.shape[1] != n_latent: raise ValueError(f"this decoder takes codes of {n_latent} nodes, (n, {n_latent}), not {z.shape}")
+    if not np.isfinite(z).all(): raise ValueError("these codes hold a value that is not finite: drop such rows first")
+    return z
+
+# %% ../nbs/25_encode.ipynb #90d9845c
 def decoder(
     bundle:Bundle, # of `load_bundle`
     bs:int=256, # codes at a time
@@ -158,10 +180,7 @@ def decoder(
     @torch.inference_mode()
     def decode(z):
         "Spectra of codes: (n, latent) or (latent,) -> (n, wavelength) float32 [median flux]."
-        z = np.atleast_2d(np.asarray(z, dtype=np.float32))
-        if z.ndim != 2 or z.shape[1] != n_latent: raise ValueError(f"this decoder takes codes of {n_latent} nodes, (n, {n_latent}), not {z.shape}")
-        if not np.isfinite(z).all(): raise ValueError("these codes hold a value that is not finite: drop such rows first")
-        device = next(model.parameters()).device
+        z, device = _codes(z, n_latent), next(model.parameters()).device
         made = [model.decode(torch.from_numpy(z[i:i + bs]).to(device)).float().cpu().numpy() for i in range(0, len(z), bs)]
         return np.concatenate(made) if made else np.zeros((0, bundle.config.n_pixels), np.float32)
     return decode

@@ -33,27 +33,30 @@ from .prep import PrepRecipe
 from .progress import Throughput
 from .ranks import is_first, place, same_everywhere, wait_for_all
 
-# %% ../nbs/24_learner.ipynb #7a25c55e
+# %% ../nbs/24_learner.ipynb #06a9d70e
 class ReconstructionLoss:
     "How far the output of a `SpectrumNetwork` is from the spectrum; the disentanglement terms come by callback."
     def __init__(self,
         kind:str="l2", # "l2" or "l1" in the front end's channels, "chi2" in the flux
     ): self.kind = kind
 
-    def __call__(self,
-        pred:tuple, # what the network returned
-        flux:torch.Tensor, # (batch, pixel) flux [median flux]
-        ivar:torch.Tensor, # (batch, pixel) inverse variance, 0 = do not use
-        **kwargs, # of fastai, without effect
-    )->torch.Tensor: # () loss
-        if self.kind == "chi2": return masked_chi2(pred[0], flux, ivar)
-        output, target, weight = pred[4:7]
-        mean_weight = weight.sum()/(weight > 0).sum().clamp_min(1)
-        return mean_weight*(masked_l1 if self.kind == "l1" else masked_l2)(output, target, weight)
+# %% ../nbs/24_learner.ipynb #d583e2c2
+@patch
+def __call__(self:ReconstructionLoss,
+    pred:tuple, # what the network returned
+    flux:torch.Tensor, # (batch, pixel) flux [median flux]
+    ivar:torch.Tensor, # (batch, pixel) inverse variance, 0 = do not use
+    **kwargs, # of fastai, without effect
+)->torch.Tensor: # () loss
+    if self.kind == "chi2": return masked_chi2(pred[0], flux, ivar)
+    output, target, weight = pred[4:7]
+    mean_weight = weight.sum()/(weight > 0).sum().clamp_min(1)
+    return mean_weight*(masked_l1 if self.kind == "l1" else masked_l2)(output, target, weight)
 
-# %% ../nbs/24_learner.ipynb #315d443a
+# %% ../nbs/24_learner.ipynb #6311b6a5
 _OPTIMISER = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=(0.9, 0.99), fused=True))
 
+# %% ../nbs/24_learner.ipynb #7f02f4a7
 def _fresh_network(net, data, seed):
     "A network given by name, settings or itself."
     if isinstance(net, SpectrumNetwork): return net
@@ -63,11 +66,12 @@ def _fresh_network(net, data, seed):
         torch.manual_seed(seed)
         return build_network(config)
 
+# %% ../nbs/24_learner.ipynb #5a0cf945
 def _check_length(model, dls):
     n_own, n_data = model.config.n_pixels, dls.train.dataset.n_pixels
     if n_own != n_data: raise ValueError(f"the network takes {n_own} pixels, the spectra have {n_data}: use net_config(..., n_pixels={n_data})")
 
-# %% ../nbs/24_learner.ipynb #0939fc0b
+# %% ../nbs/24_learner.ipynb #264e668b
 @torch.no_grad()
 def training_codes(
     learn:Learner, # of `spectrum_learner`
@@ -82,6 +86,7 @@ def training_codes(
     learn.model.train(training)
     return tuple(torch.cat(part)[:n_rows] for part in zip(*parts))
 
+# %% ../nbs/24_learner.ipynb #2ec14889
 def align_axes(
     learn:Learner, # of `spectrum_learner`, trained
 )->Learner: # the same
@@ -93,40 +98,60 @@ def align_axes(
     same_everywhere(model)
     return learn
 
-# %% ../nbs/24_learner.ipynb #b47dbd6e
+# %% ../nbs/24_learner.ipynb #b1bd5f82
 class FitAxes(Callback):
     "Fits the independent axes when training has run to its end."
     order = 70
 
     def _concerned(self): return self.model.has_axes and not hasattr(self.learn, "lr_finder")
-    def before_fit(self):
-        "Train on the network's own axes."
-        if self._concerned(): self.model.axes.reset()
-    def after_fit(self):
-        "Align, unless the fit was cut short."
-        if self._concerned() and self.learn.pct_train > 0.999: align_axes(self.learn)
 
-# %% ../nbs/24_learner.ipynb #d36f72e2
+# %% ../nbs/24_learner.ipynb #fa8c3ac3
+@patch
+def before_fit(self:FitAxes):
+    "Train on the network's own axes."
+    if self._concerned(): self.model.axes.reset()
+
+@patch
+def after_fit(self:FitAxes):
+    "Align, unless the fit was cut short."
+    if self._concerned() and self.learn.pct_train > 0.999: align_axes(self.learn)
+
+# %% ../nbs/24_learner.ipynb #1b373864
 class KeepProjections(Callback):
     "Gives a network with a fixed first stage what that stage makes of each spectrum, made once."
     order = 55 # after spectra have arrived where the network is
 
     def __getstate__(self): return {name: value for name, value in self.__dict__.items() if name != "kept"} # an exported learner holds no data
-    def _all(self, data):
-        device, n = next(self.model.parameters()).device, len(data)
-        groups = [np.arange(start, min(start + 256, n)) for start in range(0, n, 256)]
-        return torch.cat([self.model.project(*(torch.from_numpy(v).to(device) for v in data.take(group))) for group in groups])
-    def before_fit(self):
-        "Make what is not there yet."
-        if not hasattr(self, "kept"): self.kept = {}
-        for loader in self.dls.loaders:
-            if len(loader.dataset) and loader.dataset not in self.kept: self.kept[loader.dataset] = self._all(loader.dataset)
-    def before_batch(self):
-        "Replace spectra by their projections."
-        rows, positions = self.kept.get(self.dl.dataset) if hasattr(self, "kept") else None, getattr(self.dl, "positions", None)
-        if rows is not None and positions is not None: self.learn.xb = (rows[positions],)
 
-# %% ../nbs/24_learner.ipynb #89757d85
+# %% ../nbs/24_learner.ipynb #0d517be1
+@patch
+def _all(self:KeepProjections, data):
+    device, n = next(self.model.parameters()).device, len(data)
+    groups = [np.arange(start, min(start + 256, n)) for start in range(0, n, 256)]
+    return torch.cat([self.model.project(*(torch.from_numpy(v).to(device) for v in data.take(group))) for group in groups])
+
+# %% ../nbs/24_learner.ipynb #3e385359
+@patch
+def before_fit(self:KeepProjections):
+    "Make what is not there yet."
+    if not hasattr(self, "kept"): self.kept = {}
+    for loader in self.dls.loaders:
+        if len(loader.dataset) and loader.dataset not in self.kept: self.kept[loader.dataset] = self._all(loader.dataset)
+
+@patch
+def before_batch(self:KeepProjections):
+    "Replace spectra by their projections."
+    rows, positions = self.kept.get(self.dl.dataset) if hasattr(self, "kept") else None, getattr(self.dl, "positions", None)
+    if rows is not None and positions is not None: self.learn.xb = (rows[positions],)
+
+# %% ../nbs/24_learner.ipynb #134a218b
+def _own_callbacks(objective, model, seed, cbs):
+    "What every training needs, with what these callbacks and this place ask for."
+    own = [DisentangleCallback(objective), EpochSeed(seed), StopOnNaN(), GradientClip(1.), FitAxes(), Throughput()] + [AverageRanks()]*(place()[1] > 1)
+    if hasattr(model, "project") and not any(hasattr(cb, "settings") for cb in listify(cbs)): own.append(KeepProjections())
+    return own
+
+# %% ../nbs/24_learner.ipynb #2bbe36f1
 def spectrum_learner(
     dls, # of `spectrum_dataloaders`
     net:str|NetConfig|SpectrumNetwork="demo", # preset, settings, or a network that goes on training
@@ -145,10 +170,8 @@ def spectrum_learner(
     objective, model = objective_settings(objective), _fresh_network(net, dls.train.dataset, seed).set_compute(precision, convolutions, checkpoint_rows)
     _check_length(model, dls)
     model.fit_frontend(dls.train.new(shuffle=True, device="cpu", rank=0, world_size=1))
-    own = [DisentangleCallback(objective), EpochSeed(seed), StopOnNaN(), GradientClip(1.), FitAxes(), Throughput()] + [AverageRanks()]*(place()[1] > 1)
-    if hasattr(model, "project") and not any(hasattr(cb, "settings") for cb in listify(cbs)): own.append(KeepProjections())
     settings = dict(loss_func=ReconstructionLoss(objective.reconstruction), opt_func=_OPTIMISER, lr=lr, wd=wd, moms=(0.9, 0.9, 0.9), path=path)
-    learn = Learner(dls, model, cbs=own + listify(cbs), **(settings | kwargs))
+    learn = Learner(dls, model, cbs=_own_callbacks(objective, model, seed, cbs) + listify(cbs), **(settings | kwargs))
     if not is_first(): learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)]).logger = noop
     return learn
 
@@ -164,7 +187,7 @@ def history_frame(
     rows = [dict(epoch=first + i, **row) for i, row in enumerate(rows)]
     return pd.DataFrame((earlier or []) + rows)
 
-# %% ../nbs/24_learner.ipynb #80d7e788
+# %% ../nbs/24_learner.ipynb #226a8d98
 def _atomic_write(path, write):
     "Call `write` on a temporary name beside `path`, then rename."
     path = Path(path)
@@ -175,6 +198,7 @@ def _atomic_write(path, write):
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/24_learner.ipynb #95fba33f
 def _plain(tree):
     "Numpy scalars as plain numbers, which torch's restricted reader accepts."
     if isinstance(tree, dict): return {name: _plain(value) for name, value in tree.items()}
@@ -193,7 +217,7 @@ def run_identity(
     return dict(net=learn.model.config.to_json(), augmentations=json.dumps(augmentations), objective=objective_to_json(learn.disentangle.objective), seed=learn.epoch_seed.seed, n_epoch=n_epoch, lr=lr,
                 wd=learn.wd, batch=learn.dls.train.bs*place()[1], data=data.fingerprint, rows=hashlib.sha256(np.asarray(data.rows)).hexdigest()[:16], recipe=data.recipe.to_json())
 
-# %% ../nbs/24_learner.ipynb #10c2fdcc
+# %% ../nbs/24_learner.ipynb #5e8175e4
 class Checkpoint(Callback):
     "Writes everything that a resume needs, after every epoch and now and then within; goes on from such a state."
     order = 62 # after the Recorder and the progress bar
@@ -205,13 +229,16 @@ class Checkpoint(Callback):
         every:float|None=600., # pause between checkpoints within an epoch [s]; None: only after epochs
     ): self.path, self.identity, self.resume, self.every = Path(path), identity, resume, every
 
-    def before_fit(self):
-        self.earlier = self.resume["history"] if self.resume else []
-        self.first, self.done, self.last = len(self.earlier), 0, time.monotonic()
+# %% ../nbs/24_learner.ipynb #7ee806d9
+@patch
+def before_fit(self:Checkpoint):
+    self.earlier = self.resume["history"] if self.resume else []
+    self.first, self.done, self.last = len(self.earlier), 0, time.monotonic()
 
-    def after_epoch(self):
-        "Save, unless this epoch was skipped on the way to where the run had stopped."
-        if self.epoch >= self.first: self._save(self.epoch, None)
+@patch
+def after_epoch(self:Checkpoint):
+    "Save, unless this epoch was skipped on the way to where the run had stopped."
+    if self.epoch >= self.first: self._save(self.epoch, None)
 
 # %% ../nbs/24_learner.ipynb #1323c529
 @patch
@@ -226,7 +253,7 @@ def _save(self:Checkpoint, epoch, within):
             raise OSError(f"{self.path} could not be written ({error}); the checkpoint before it is intact. Make room on the disk and train again, which goes on from there") from error
     self.last = time.monotonic()
 
-# %% ../nbs/24_learner.ipynb #bdf5cb28
+# %% ../nbs/24_learner.ipynb #f3e8fda1
 @patch
 def after_batch(self:Checkpoint):
     "Save within the epoch, if it is time."
@@ -236,6 +263,7 @@ def after_batch(self:Checkpoint):
     on_gpu = torch.cuda.get_rng_state() if next(self.model.parameters()).is_cuda else None
     self._save(self.epoch - 1, dict(batches=self.done, random=torch.get_rng_state(), random_gpu=on_gpu, pct_train=float(self.pct_train), train_iter=self.train_iter))
 
+# %% ../nbs/24_learner.ipynb #0ee50401
 @patch
 def before_train(self:Checkpoint):
     "Go on within the epoch, where the state says so."
@@ -264,7 +292,16 @@ def load_checkpoint(
             raise ValueError(f"{path} belongs to another run: its {name} is {state['identity'].get(name)}, not {value}. Remove it, or use another folder")
     return state
 
-# %% ../nbs/24_learner.ipynb #001c4fc0
+# %% ../nbs/24_learner.ipynb #18c40a5c
+def _resume(learn, path, identity):
+    "State of a checkpoint, with weights and moments put into the learner; None where there is no file."
+    if not path.exists(): return None
+    state = load_checkpoint(path, identity)
+    learn.create_opt()
+    learn.model.load_state_dict(state["model"]); learn.opt.load_state_dict(state["optimiser"])
+    return state
+
+# %% ../nbs/24_learner.ipynb #42f61e47
 def fit_resumable(
     learn:Learner, # of `spectrum_learner`, untrained
     n_epoch:int, # epochs of the whole run
@@ -277,11 +314,8 @@ def fit_resumable(
     lr = learn.lr if lr is None else lr
     path, identity = Path(folder)/"checkpoint.pt", run_identity(learn, n_epoch, lr)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = load_checkpoint(path, identity) if path.exists() else None
+    state = _resume(learn, path, identity)
     start = state["epoch"] + 1 if state else 0
-    if state:
-        learn.create_opt()
-        learn.model.load_state_dict(state["model"]); learn.opt.load_state_dict(state["optimiser"])
     if start >= n_epoch:
         if learn.model.has_axes: align_axes(learn)
         return pd.DataFrame(state["history"])
@@ -309,13 +343,14 @@ def fit_starts(
     table = pd.DataFrame(rows)
     return best[2], best[3], table.assign(kept=table.seed == best[1])
 
-# %% ../nbs/24_learner.ipynb #2bc8523c
+# %% ../nbs/24_learner.ipynb #b97e83e3
 BUNDLE_FORMAT = 1
 
 def _version():
     from specnb import __version__
     return __version__
 
+# %% ../nbs/24_learner.ipynb #33fdec1e
 def _grid_and_axis(wavelength, medium, frame):
     "Grid as float64, with medium and frame from the DataArray where they are not given."
     given = getattr(wavelength, "attrs", {})
@@ -323,6 +358,7 @@ def _grid_and_axis(wavelength, medium, frame):
     if not medium or not frame: raise ValueError("the bundle needs medium and frame of the grid: pass the Dataset's wavelength, or medium= and frame=")
     return np.array(wavelength, dtype=np.float64), dict(medium=str(medium), frame=str(frame))
 
+# %% ../nbs/24_learner.ipynb #d4ff9dcd
 def _description(model, grid, axis, recipe, objective, weights, extra):
     "What config.json says."
     return dict(format="specnb-bundle", format_version=BUNDLE_FORMAT, specnb=_version(), torch=torch.__version__, net=json.loads(model.config.to_json()),
@@ -390,7 +426,13 @@ def _read_tensors(path, sha256):
     try: return load_tensors(raw)
     except SafetensorError as error: raise ValueError(f"{path} is not a safetensors file ({error}): copy the bundle again") from error
 
-# %% ../nbs/24_learner.ipynb #e7e088cc
+# %% ../nbs/24_learner.ipynb #e6195594
+def _fingerprint(config):
+    "First 16 hexadecimal digits of the checksum of a bundle's description."
+    told = json.dumps({name: config[name] for name in ("net", "recipe", "grid", "sha256")}, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+# %% ../nbs/24_learner.ipynb #e175e114
 def load_bundle(
     path, # folder of a bundle or run
     device="cpu", # where the network goes
@@ -406,6 +448,5 @@ def load_bundle(
         model = build_network(net)
         model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()}, strict=True)
     except (ValueError, TypeError, RuntimeError) as error: raise ValueError(f"{path}/config.json does not describe these weights: {error}") from error
-    told = json.dumps({name: config[name] for name in ("net", "recipe", "grid", "sha256")}, sort_keys=True)
     return Bundle(model.to(device).eval(), net, objective, wavelength, config["grid"]["medium"], config["grid"]["frame"], recipe,
-                  hashlib.sha256(told.encode()).hexdigest()[:16], config["specnb"], config["extra"])
+                  _fingerprint(config), config["specnb"], config["extra"])
