@@ -18,17 +18,21 @@ from fastcore.basics import patch
 
 from .ranks import place
 
-# %% ../nbs/23_progress.ipynb #a2e7cd07
-def peak_memory(
-    device="cpu", # where the network is
-)->float: # largest memory held so far, by the process or on the GPU [GiB]
-    "Peak memory; NaN where the system does not tell."
-    if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device)/2**30
+# %% ../nbs/23_progress.ipynb #4fbfcba6
+def _peak_of_process():
+    "Largest memory that this process has held [GiB]; NaN where the system does not tell."
     try: return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))/2**20
     except (OSError, StopIteration): pass
     try: import resource
     except ImportError: return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)/2**30
+
+# %% ../nbs/23_progress.ipynb #52866d88
+def peak_memory(
+    device="cpu", # where the network is
+)->float: # largest memory held so far, by the process or on the GPU [GiB]
+    "Peak memory; NaN where the system does not tell."
+    return torch.cuda.max_memory_allocated(device)/2**30 if torch.device(device).type == "cuda" else _peak_of_process()
 
 # %% ../nbs/23_progress.ipynb #af0662cf
 def duration(
@@ -40,7 +44,7 @@ def duration(
     if seconds < 90: return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 90 else f"{minutes//60} h {minutes % 60} min"
 
-# %% ../nbs/23_progress.ipynb #d66441fa
+# %% ../nbs/23_progress.ipynb #c3697a83
 class Throughput(Callback):
     "Spectra a second, share of the time that is spent waiting for spectra, memory, time left."
     order = 61 # after the progress bar has written its own comment
@@ -50,14 +54,22 @@ class Throughput(Callback):
         warn_after:float=20., # not in epochs shorter than this [s]
     ): self.warn_above, self.warn_after, self.rows, self._warned = warn_above, warn_after, [], False
 
-    def before_fit(self):
-        if not hasattr(self.learn, "lr_finder"): self.rows, self._warned = [], False
-    def before_epoch(self): self._begin = time.perf_counter()
-    def before_train(self): self._start = self._end = time.perf_counter(); self._waited, self._count = 0., 0
-    def before_batch(self):
-        if self.training: self._waited += time.perf_counter() - self._end
+# %% ../nbs/23_progress.ipynb #36bf4d5c
+@patch
+def before_fit(self:Throughput):
+    if not hasattr(self.learn, "lr_finder"): self.rows, self._warned = [], False
 
-# %% ../nbs/23_progress.ipynb #5c53640f
+@patch
+def before_epoch(self:Throughput): self._begin = time.perf_counter()
+
+@patch
+def before_train(self:Throughput): self._start = self._end = time.perf_counter(); self._waited, self._count = 0., 0
+
+@patch
+def before_batch(self:Throughput):
+    if self.training: self._waited += time.perf_counter() - self._end
+
+# %% ../nbs/23_progress.ipynb #34ddb031
 @patch
 def after_batch(self:Throughput):
     "Count, and write beside the bar."
@@ -67,6 +79,7 @@ def after_batch(self:Throughput):
     bar = getattr(getattr(self.learn, "progress", None), "pbar", None)
     if bar is not None and hasattr(self, "smooth_loss"): bar.comment = f"{self.smooth_loss.item():.4f}, {self.line()}"
 
+# %% ../nbs/23_progress.ipynb #138b0866
 @patch
 def left(self:Throughput
 )->float: # [s]
@@ -76,6 +89,7 @@ def left(self:Throughput
     other = sum(row["seconds"] - row["training_seconds"] for row in self.rows)/max(len(self.rows), 1) # validation
     return spent/done*(self.n_epoch - self.epoch - done) + other*(self.n_epoch - self.epoch - (not self.training))
 
+# %% ../nbs/23_progress.ipynb #c0d52b1d
 @patch
 def line(self:Throughput
 )->str: # one line
@@ -83,7 +97,7 @@ def line(self:Throughput
     spent = max(self._end - self._start, 1e-9)
     return f"{self._count/spent:.3g} spectra/s, {self._waited/spent:.0%} waiting, {peak_memory(self.dls.device):.1f} GiB, {duration(self.left())} left"
 
-# %% ../nbs/23_progress.ipynb #0e522ed6
+# %% ../nbs/23_progress.ipynb #970a9bf7
 def _advice(loader):
     "What to change when spectra come too slowly."
     data = getattr(loader, "dataset", None)
@@ -91,6 +105,7 @@ def _advice(loader):
     if getattr(data, "raw", None): return f"raise n_threads (now {loader.n_threads}) of spectrum_dataloaders, move the store to a faster disk, or raise memory_limit if the spectra fit"
     return "write the store without compression (specnb.ingest does), raise memory_limit if the spectra fit, or raise buffer_rows"
 
+# %% ../nbs/23_progress.ipynb #50d40aa0
 @patch
 def after_epoch(self:Throughput):
     "Note the epoch; warn once where too much of it was spent waiting."
@@ -103,6 +118,7 @@ def after_epoch(self:Throughput):
         self._warned = True
     self._count = 0
 
+# %% ../nbs/23_progress.ipynb #e9bb5838
 @patch
 def frame(self:Throughput
 )->pd.DataFrame: # one row an epoch: epoch, spectra, seconds, training_seconds, spectra_per_second, waiting (share), memory_gib

@@ -9,13 +9,14 @@ __all__ = ['place', 'is_first', 'wait_for_all', 'total', 'same_everywhere', 'ave
 import torch
 from torch import distributed
 
-# %% ../nbs/20_ranks.ipynb #f6e22546
+# %% ../nbs/20_ranks.ipynb #8b3ae8a4
 def place(
 )->tuple[int, int]: # rank of this process, number of processes
     "Place of this process among those that train together."
     running = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if running else (0, 1)
 
+# %% ../nbs/20_ranks.ipynb #7155b7e3
 def is_first()->bool: # whether this process writes files
     "True in one process of all."
     return place()[0] == 0
@@ -25,7 +26,7 @@ def wait_for_all(
     "Return when every process has come to this place."
     if place()[1] > 1: distributed.barrier()
 
-# %% ../nbs/20_ranks.ipynb #7cd8d0c7
+# %% ../nbs/20_ranks.ipynb #779e5e07
 def total(
     value:torch.Tensor|float, # () number of this process
     device="cpu", # where the processes exchange numbers
@@ -35,6 +36,7 @@ def total(
     if place()[1] > 1: distributed.all_reduce(value)
     return value
 
+# %% ../nbs/20_ranks.ipynb #7091e865
 @torch.no_grad()
 def same_everywhere(
     model:torch.nn.Module, # parameters and buffers are overwritten by those of the first process
@@ -71,25 +73,31 @@ def own_rows(
     rows = draw(max(int(total(n_own)), n_processes))
     return rows[rank::n_processes][:n_own]
 
-# %% ../nbs/20_ranks.ipynb #65dbbfd8
+# %% ../nbs/20_ranks.ipynb #fb2dfc20
+def _dealt_together(x, n_processes):
+    "Rows of all processes in the order of the whole batch."
+    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(n_processes)]
+    distributed.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    counts = [int(count) for count in counts]
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[:len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(parts, padded)
+    whole = x.new_zeros(sum(counts), *x.shape[1:])
+    for rank, (part, count) in enumerate(zip(parts, counts)): whole[rank::n_processes] = part[:count]
+    return whole
+
+# %% ../nbs/20_ranks.ipynb #437f7b6a
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.rank, ctx.n_processes = place()
-        counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(ctx.n_processes)]
-        distributed.all_gather(counts, torch.tensor([len(x)], device=x.device))
-        counts = [int(count) for count in counts]
-        padded = x.new_zeros(max(counts), *x.shape[1:])
-        padded[:len(x)] = x
-        parts = [torch.empty_like(padded) for _ in counts]
-        distributed.all_gather(parts, padded)
-        whole = x.new_zeros(sum(counts), *x.shape[1:])
-        for rank, (part, count) in enumerate(zip(parts, counts)): whole[rank::ctx.n_processes] = part[:count]
-        return whole
+        return _dealt_together(x, ctx.n_processes)
 
     @staticmethod
     def backward(ctx, gradient): return ctx.n_processes*gradient[ctx.rank::ctx.n_processes]
 
+# %% ../nbs/20_ranks.ipynb #50527a3b
 def all_rows(
     x:torch.Tensor, # (row, ...) rows of this process
 )->torch.Tensor: # (row, ...) rows of all processes, dealt out like cards

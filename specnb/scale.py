@@ -47,7 +47,17 @@ def join_processes(
         return torch.device("cpu") if found.type == "cpu" else found
     return device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/26_scale.ipynb #9d8276d3
+# %% ../nbs/26_scale.ipynb #dc49e2e8
+def _timed_step(model, opt, flux, ivar):
+    "Seconds of one training step."
+    start = time.perf_counter()
+    output, target, weight = model(flux, ivar)[4:7]
+    loss = masked_l2(output, target, weight)
+    loss.backward(); opt.step(); opt.zero_grad()
+    float(loss.detach())
+    return time.perf_counter() - start
+
+# %% ../nbs/26_scale.ipynb #7010e385
 def _measure_step(config, bs, precision, checkpoint_rows, device, n_steps=3):
     "Seconds a step and peak memory of a training step on made-up spectra."
     tune_allocator()
@@ -56,17 +66,20 @@ def _measure_step(config, bs, precision, checkpoint_rows, device, n_steps=3):
     opt = torch.optim.AdamW(model.parameters(), fused=True)
     flux, ivar = 1 + 0.1*torch.randn(bs, config.n_pixels, device=device), torch.full((bs, config.n_pixels), 100., device=device)
     if not model.frontend.fitted: model.frontend.fit([(flux, ivar)])
-    seconds = []
-    for _ in range(n_steps + 1):
-        start = time.perf_counter()
-        output, target, weight = model(flux, ivar)[4:7]
-        loss = masked_l2(output, target, weight)
-        loss.backward(); opt.step(); opt.zero_grad()
-        float(loss.detach())
-        seconds.append(time.perf_counter() - start)
+    seconds = [_timed_step(model, opt, flux, ivar) for _ in range(n_steps + 1)]
     return dict(bs=bs, seconds=float(np.median(seconds[1:])), gib=peak_memory(device))
 
-# %% ../nbs/26_scale.ipynb #a58d1ab7
+# %% ../nbs/26_scale.ipynb #d1a590ec
+_CODE = ("import json, sys, torch; from specnb.nets import NetConfig; from specnb.scale import _measure_step; t = json.loads(sys.argv[1]); "
+         "torch.set_num_threads(t['n_threads']); print(json.dumps(_measure_step(NetConfig.from_json(t['config']), t['bs'], t['precision'], t['checkpoint_rows'], t['device'])))")
+
+def _measure_apart(told):
+    "What `_measure_step` says in a process of its own; RuntimeError with its last words where it fails."
+    done = subprocess.run([sys.executable, "-c", _CODE, json.dumps(told)], capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(f"a batch of {told['bs']} could not be measured: {done.stderr.strip().splitlines()[-1]}; try smaller ones, bs=(1, 2)")
+    return json.loads(done.stdout.splitlines()[-1])
+
+# %% ../nbs/26_scale.ipynb #739cc0f7
 def step_costs(
     config:NetConfig, # network
     *,
@@ -76,20 +89,24 @@ def step_costs(
     n_threads:int|None=None, # of the processor; None: as many as PyTorch takes
 )->dict: # seconds and gib (memory) of one more spectrum, seconds_fixed, gib_fixed, and the measurements
     "Cost of a training step, measured in a process of its own."
-    told = dict(config=config.to_json(), precision=precision, checkpoint_rows=checkpoint_rows, device=str(device))
-    code = ("import json, sys, torch; from specnb.nets import NetConfig; from specnb.scale import _measure_step; t = json.loads(sys.argv[1]); "
-            "torch.set_num_threads(t['n_threads']); print(json.dumps(_measure_step(NetConfig.from_json(t['config']), t['bs'], t['precision'], t['checkpoint_rows'], t['device'])))")
-    rows = []
-    for size in bs:
-        words = json.dumps(told | dict(bs=size, n_threads=n_threads or torch.get_num_threads()))
-        done = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True)
-        if done.returncode: raise RuntimeError(f"a batch of {size} could not be measured: {done.stderr.strip().splitlines()[-1]}; try smaller ones, bs=(1, 2)")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-    (low, high), more = rows, bs[1] - bs[0]
+    told = dict(config=config.to_json(), precision=precision, checkpoint_rows=checkpoint_rows, device=str(device), n_threads=n_threads or torch.get_num_threads())
+    low, high = rows = [_measure_apart(told | dict(bs=size)) for size in bs]
+    more = bs[1] - bs[0]
     slope = {name: max((high[name] - low[name])/more, 0.) for name in ("seconds", "gib")}
     return slope | {f"{name}_fixed": max(low[name] - slope[name]*bs[0], 0.) for name in slope} | dict(measured=rows)
 
-# %% ../nbs/26_scale.ipynb #04ae1532
+# %% ../nbs/26_scale.ipynb #30dbde9a
+_CGROUPS = (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"), ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"))
+
+def _container_memory():
+    "What a container still allows [GiB], as far as it is in one."
+    found = []
+    for limit, used in _CGROUPS:
+        try: found.append((int(Path(limit).read_text()) - int(Path(used).read_text()))/2**30)
+        except (OSError, ValueError): pass
+    return found
+
+# %% ../nbs/26_scale.ipynb #4143c43d
 def memory_at_hand(
     device="cpu", # or a GPU
 )->float: # [GiB]
@@ -98,10 +115,7 @@ def memory_at_hand(
     found = []
     try: found += [int(line.split()[1])/2**20 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]
     except OSError: pass
-    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"), ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes")):
-        try: found.append((int(Path(limit).read_text()) - int(Path(used).read_text()))/2**30)
-        except (OSError, ValueError): pass
-    return min(found, default=float("nan"))
+    return min(found + _container_memory(), default=float("nan"))
 
 # %% ../nbs/26_scale.ipynb #7d4971ab
 def reading_rate(
@@ -116,7 +130,14 @@ def reading_rate(
         if time.perf_counter() - start > seconds: break
     return n/max(time.perf_counter() - start, 1e-9) if n else float("inf")
 
-# %% ../nbs/26_scale.ipynb #edd5af5f
+# %% ../nbs/26_scale.ipynb #a05b940f
+def _fitting_config(net, n_pixels):
+    "Settings of a network for spectra of this length; ValueError where they are for another."
+    config = net_config(net, n_pixels=n_pixels, **(dict(velocity_step=1.) if net == "doppler" else {})) if isinstance(net, str) else net
+    if config.n_pixels != n_pixels: raise ValueError(f"the network takes {config.n_pixels} pixels, the spectra have {n_pixels}: use net_config(..., n_pixels={n_pixels})")
+    return config
+
+# %% ../nbs/26_scale.ipynb #14864c7f
 def plan(
     store, # Zarr store of spectra
     net:str|NetConfig="demo", # preset or settings
@@ -130,9 +151,7 @@ def plan(
     "What a training will need, from a short measurement on this machine; ValueError where network and store do not fit."
     device, ds = join_processes(device), open_store(store)
     dls = spectrum_dataloaders(ds, recipe, split=split_by_object(ds), bs=bs, device=device, memory_limit=0)
-    n_train, n_pixels = len(dls.train.dataset), dls.train.dataset.n_pixels
-    config = net_config(net, n_pixels=n_pixels, **(dict(velocity_step=1.) if net == "doppler" else {})) if isinstance(net, str) else net
-    if config.n_pixels != n_pixels: raise ValueError(f"the network takes {config.n_pixels} pixels, the spectra have {n_pixels}: use net_config(..., n_pixels={n_pixels})")
+    n_train, config = len(dls.train.dataset), _fitting_config(net, dls.train.dataset.n_pixels)
     costs = step_costs(config, precision=precision, checkpoint_rows=checkpoint_rows, device=device)
     return _plan_table(config, costs, n_train, bs, n_epoch, n_processes, reading_rate(dls), memory_at_hand(device), ds.flux.dtype.itemsize)
 
@@ -151,34 +170,46 @@ def _plan_table(config, costs, n_train, bs, n_epoch, n_processes, reading, memor
             ("waiting", max(1 - reading/computing, 0.), "share", "computed"), ("an epoch", n_train/rate, "s", "computed"), (f"{n_epoch} epochs", n_epoch*n_train/rate, "s", "computed")]
     return pd.DataFrame(rows, columns=["quantity", "value", "unit", "from"])
 
-# %% ../nbs/26_scale.ipynb #02568f20
+# %% ../nbs/26_scale.ipynb #2b8de0ca
+def _say(value, unit):
+    "A number with its unit, in words where it is a time."
+    if unit == "s": return duration(value)
+    return f"{value:,.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.3g} {unit}"
+
+# %% ../nbs/26_scale.ipynb #1399e7ca
 def plan_text(
     table:pd.DataFrame, # of `plan`
 )->str: # text
     "A plan in lines, and what to change where memory or reading falls short."
     value = dict(zip(table.quantity, table.value))
-    say = lambda r: duration(r.value) if r.unit == "s" else f"{r.value:,.0f} {r.unit}" if r.value >= 100 or r.value == int(r.value) else f"{r.value:.3g} {r.unit}"
-    lines = [f"{r.quantity:<24}{say(r):>22}   {r._4}" for r in table.itertuples()]
+    lines = [f"{r.quantity:<24}{_say(r.value, r.unit):>22}   {r._4}" for r in table.itertuples()]
     batch = int(next(name for name in value if name.startswith("memory at batch")).split()[-1])
     if value["largest batch"] < batch: lines.append(f"A batch of {batch} does not fit: use --bs {max(value['largest batch'], 1)}, or checkpoint_rows=2 to hold fewer activations")
     if value["waiting"] > 0.05: lines.append("Reading is slower than computing: use more reading threads, a faster disk, or a store without compression")
     return "\n".join(lines)
 
-# %% ../nbs/26_scale.ipynb #80c48968
+# %% ../nbs/26_scale.ipynb #37b92f2c
 CARDS = { # dense arithmetic [1e12/s], memory [1e12 B/s] and its size [1e9 B], from the makers' data sheets
     "A100": dict(float32=19.5, tf32=156., bfloat16=312., memory=2.04, size=80.),
     "H100": dict(float32=67., tf32=495., bfloat16=989., memory=3.35, size=80.),
     "H200": dict(float32=67., tf32=495., bfloat16=989., memory=4.8, size=141.),
 }
 
+# %% ../nbs/26_scale.ipynb #31c82e3e
+def _record_sizes(model):
+    "List that a forward pass will fill with the bytes of each layer's output in float32, and the hooks that do it."
+    kept = []
+    hooks = [part.register_forward_hook(lambda part, args, out: kept.append(out.numel()*4)) for part in model.modules() if list(part.parameters(recurse=False))]
+    return kept, hooks
+
+# %% ../nbs/26_scale.ipynb #1f9965c4
 def network_work(
     config:NetConfig, # network
 )->dict: # flop and activations [byte, in float32] of one spectrum and training step
     "Operations and activations of a training step, counted without computing them."
     with torch.device("meta"): model = build_network(config)
     model.set_compute(convolutions="plain").train()
-    kept = []
-    hooks = [part.register_forward_hook(lambda part, args, out: kept.append(out.numel()*4)) for part in model.modules() if list(part.parameters(recurse=False))] # rectifiers work in place
+    kept, hooks = _record_sizes(model)
     with FlopCounterMode(display=False) as counter:
         mean, logvar = model.encode_channels(torch.empty(1, model.frontend.n_channels, config.n_pixels, device="meta"))
         (model.decode_channels(mean).sum() + logvar.sum()).backward()

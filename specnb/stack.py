@@ -22,7 +22,7 @@ def channels_last(
     if n_channels > 1: return x.contiguous(memory_format=torch.channels_last)
     return x.contiguous().as_strided(x.shape, (width, 1, width, 1))
 
-# %% ../nbs/20_stack.ipynb #45708294
+# %% ../nbs/20_stack.ipynb #032a68c0
 def down(
     fine:torch.Tensor, # (batch, fine channel, 1, fine pixel)
     weight:torch.Tensor, # (coarse channel, fine channel, 1, kernel)
@@ -32,6 +32,7 @@ def down(
     "Strided convolution."
     return torch.ops.aten.convolution(fine, weight, bias, [1, stride], [0, padding], [1, 1], False, [0, 0], 1)
 
+# %% ../nbs/20_stack.ipynb #4dda4114
 def weight_gradient(
     fine:torch.Tensor, # (batch, fine channel, 1, fine pixel)
     coarse:torch.Tensor, # (batch, coarse channel, 1, coarse pixel)
@@ -56,9 +57,16 @@ def pair_weight(
             if 0 <= tap < kernel: wide[odd, :, :, 0, shift + reach] = weight[:, :, 0, tap].T
     return channels_last(wide.flatten(0, 1))
 
-# %% ../nbs/20_stack.ipynb #11c2b3c6
+# %% ../nbs/20_stack.ipynb #5db1d688
 _FEW = 16 # channels up to which pairs are faster [measured on AVX-512]
 
+def _up_in_pairs(coarse, weight, bias, padding, n_fine):
+    "Transpose of `down` with stride 2, for a fine grid of twice as many pixels."
+    wide = pair_weight(weight, padding)
+    pairs = channels_last(down(coarse, wide, None if bias is None else bias.repeat(2), 1, wide.shape[3]//2))
+    return pairs.permute(0, 2, 3, 1).reshape(len(coarse), 1, n_fine, weight.shape[1]).permute(0, 3, 1, 2)
+
+# %% ../nbs/20_stack.ipynb #78eb13c7
 def up(
     coarse:torch.Tensor, # (batch, coarse channel, 1, coarse pixel)
     weight:torch.Tensor, # (coarse channel, fine channel, 1, kernel)
@@ -67,21 +75,19 @@ def up(
     n_fine:int, # length of the fine grid [pixel]
 )->torch.Tensor: # (batch, fine channel, 1, fine pixel)
     "Transpose of `down`, in pairs of pixels where that is faster."
-    (n, _, _, width), n_channels = coarse.shape, weight.shape[1]
-    if stride == 2 and n_fine == 2*width and n_channels <= _FEW and coarse.device.type == "cpu":
-        wide = pair_weight(weight, padding)
-        pairs = channels_last(down(coarse, wide, None if bias is None else bias.repeat(2), 1, wide.shape[3]//2))
-        return pairs.permute(0, 2, 3, 1).reshape(n, 1, n_fine, n_channels).permute(0, 3, 1, 2)
+    width = coarse.shape[3]
+    if stride == 2 and n_fine == 2*width and weight.shape[1] <= _FEW and coarse.device.type == "cpu": return _up_in_pairs(coarse, weight, bias, padding, n_fine)
     more = n_fine - ((width - 1)*stride - 2*padding + weight.shape[3])
     return torch.ops.aten.convolution(coarse, weight, bias, [1, stride], [0, padding], [1, 1], True, [0, more], 1)
 
-# %% ../nbs/20_stack.ipynb #a937ee08
+# %% ../nbs/20_stack.ipynb #0b113bcc
 class Stage(NamedTuple):
     "One convolution of a stack, followed by a leaky rectifier."
     stride:int # [pixel]
     padding:int # [pixel]
     upwards:bool # transposed
 
+# %% ../nbs/20_stack.ipynb #4f9cfe33
 def _run(x, stages, slope, weights, biases, keep):
     "Output of a stack, and the input of every stage with the output at the end if they are to be kept."
     kept = [x]
@@ -106,13 +112,18 @@ def _back(gradient, kept, stages, slope, weights, through):
         gradient = channels_last(passed)
     return gradient, out[::-1]
 
-# %% ../nbs/20_stack.ipynb #9a4202b0
+# %% ../nbs/20_stack.ipynb #5127ed4b
+def _image(x, dtype): return channels_last(x[:, :, None].to(dtype))
+
+def _laid_out(parameters, dtype):
+    "Weights and biases from the parameters of the layers, which alternate."
+    return [_image(w, dtype) for w in parameters[::2]], [b.to(dtype) for b in parameters[1::2]]
+
+# %% ../nbs/20_stack.ipynb #14587bd1
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, stages, slope, dtype, rows, *parameters):
-        image = channels_last(x[:, :, None].to(dtype))
-        weights = [channels_last(w[:, :, None].to(dtype)) for w in parameters[::2]]
-        biases = [b.to(dtype) for b in parameters[1::2]]
+        image, (weights, biases) = _image(x, dtype), _laid_out(parameters, dtype)
         parts = [_run(part, stages, slope, weights, biases, rows is None) for part in image.split(rows or len(image))]
         ctx.kept, ctx.image, ctx.about = (parts[0][1] if rows is None else None), image, (stages, slope, rows, weights, biases, x.dtype)
         return torch.cat([y for y, _ in parts])[:, :, 0].to(x.dtype) if rows else parts[0][0][:, :, 0].to(x.dtype)
@@ -131,7 +142,15 @@ class _Stack(torch.autograd.Function):
         dx = torch.cat(passed)[:, :, 0].to(dtype) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, *(v.to(dtype) for w, b in total for v in (w[:, :, 0], b))
 
-# %% ../nbs/20_stack.ipynb #4ea3d8a6
+# %% ../nbs/20_stack.ipynb #63379ab6
+def _stages(layers, slope):
+    "Stages of a stack of layers; ValueError for a slope or layer that does not fit."
+    if not slope > 0: raise ValueError(f"slope={slope!r}: use a number above 0, since the sign of the output has to tell that of the input")
+    odd = [layer for layer in layers if layer.groups > 1 or layer.dilation[0] > 1 or layer.bias is None or any(getattr(layer, "output_padding", (0,)))]
+    if odd: raise ValueError(f"{odd[0]} cannot be part of a stack: use a plain convolution with bias, without groups, dilation or output padding")
+    return tuple(Stage(layer.stride[0], layer.padding[0], isinstance(layer, nn.ConvTranspose1d)) for layer in layers)
+
+# %% ../nbs/20_stack.ipynb #61e3ac18
 def stack(
     x:torch.Tensor, # (batch, channel, pixel)
     layers:list, # of `nn.Conv1d` and `nn.ConvTranspose1d`, each followed by a leaky rectifier
@@ -141,17 +160,13 @@ def stack(
     rows:int|None=None, # spectra whose activations are held at a time in the backward pass; None: all
 )->torch.Tensor: # (batch, channel, pixel)
     "What the layers would make of x one after the other; ValueError for a slope or layer that does not fit."
-    if not slope > 0: raise ValueError(f"slope={slope!r}: use a number above 0, since the sign of the output has to tell that of the input")
-    odd = [layer for layer in layers if layer.groups > 1 or layer.dilation[0] > 1 or layer.bias is None or any(getattr(layer, "output_padding", (0,)))]
-    if odd: raise ValueError(f"{odd[0]} cannot be part of a stack: use a plain convolution with bias, without groups, dilation or output padding")
-    stages = tuple(Stage(layer.stride[0], layer.padding[0], isinstance(layer, nn.ConvTranspose1d)) for layer in layers)
+    stages = _stages(layers, slope)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     with torch.autocast(x.device.type, enabled=False):
         if torch.is_grad_enabled(): return _Stack.apply(x, stages, slope, dtype, rows, *parameters)
-        weights, biases = [channels_last(w[:, :, None].to(dtype)) for w in parameters[::2]], [b.to(dtype) for b in parameters[1::2]]
-        return _run(channels_last(x[:, :, None].to(dtype)), stages, slope, weights, biases, False)[0][:, :, 0].to(x.dtype)
+        return _run(_image(x, dtype), stages, slope, *_laid_out(parameters, dtype), False)[0][:, :, 0].to(x.dtype)
 
-# %% ../nbs/20_stack.ipynb #3b15f651
+# %% ../nbs/20_stack.ipynb #bf2ef20b
 class _ThreeTaps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -171,6 +186,7 @@ class _ThreeTaps(torch.autograd.Function):
         taps = (x[..., :-1]*gradient[..., 1:]).sum(), (x*gradient).sum(), (x[..., 1:]*gradient[..., :-1]).sum()
         return dx, torch.stack(taps).view_as(weight), gradient.sum().view(1)
 
+# %% ../nbs/20_stack.ipynb #77132be3
 def three_taps(
     x:torch.Tensor, # (batch, 1, pixel)
     layer:nn.Conv1d, # one channel, kernel 3, padding 1
