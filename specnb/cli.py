@@ -12,14 +12,16 @@ from typing import Annotated, List, Optional
 import typer
 from . import __version__
 
-# %% ../nbs/51_cli.ipynb #cf06a5f6
+# %% ../nbs/51_cli.ipynb #157da23e
 app = typer.Typer(name="specnb", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="What is in a large set of stellar spectra: disentangled latents, and the statistics to defend them.")
 
+# %% ../nbs/51_cli.ipynb #0da0b314
 def _run_module():
     from specnb import run
     return run
 
+# %% ../nbs/51_cli.ipynb #72ae927b
 def _print_version(wanted:bool):
     if wanted: typer.echo(f"specnb {__version__}"); raise typer.Exit()
 
@@ -116,7 +118,7 @@ def train(
     options = dict(net=net, objective=objective, n_epoch=n_epoch, bs=bs, lr=lr, by=by, seed=seed, starts=starts, precision=precision, accumulate=accumulate, compute=dict(checkpoint_rows=checkpoint_rows), device=device)
     typer.echo(_run_module().train(store, run, **options))
 
-# %% ../nbs/51_cli.ipynb #960cc8a9
+# %% ../nbs/51_cli.ipynb #99a776ac
 @app.command()
 def encode(
     run:Annotated[Path, typer.Argument(help="Run folder.")],
@@ -128,6 +130,7 @@ def encode(
     "Encode a store to latents; goes on where it was interrupted."
     typer.echo(_run_module().encode(run, store, out=out, bs=bs, device=device))
 
+# %% ../nbs/51_cli.ipynb #ffe99871
 @app.command()
 def analyse(
     run:Annotated[Path, typer.Argument(help="Run folder.")],

@@ -26,10 +26,11 @@ from .simulate import FACTORS, sample_factors, sample_survey, simulate as simula
 from .spectra import fingerprint, make_spectra, open_store, save_store
 from .wave import linear_grid, log_grid
 
-# %% ../nbs/50_run.ipynb #974a12d4
+# %% ../nbs/50_run.ipynb #a369e761
 class RunError(ValueError):
     "A run folder lacks a part, or was made with other settings; the message names the file and the step that mends it."
 
+# %% ../nbs/50_run.ipynb #8b7d5ee0
 class Run:
     "A run folder, its parts read on demand."
     def __init__(self, path): self.path = Path(path)
@@ -53,12 +54,13 @@ class Run:
     @cached_property
     def history(self) -> pd.DataFrame: return pd.read_csv(self._need("history.csv", "train"))
 
-# %% ../nbs/50_run.ipynb #5008ad33
+# %% ../nbs/50_run.ipynb #918418c2
 @patch(as_prop=True)
 def dimensions(self:Run) -> xr.Dataset: # (latent,)
     "Which nodes are informative, by several criteria."
     return pd.read_csv(self._need("dimensions.csv", "analyse")).set_index("latent").to_xarray()
 
+# %% ../nbs/50_run.ipynb #49a23a3c
 @patch(as_prop=True)
 def association(self:Run) -> xr.Dataset: # (latent, label)
     "How every node is related to every label."
@@ -66,18 +68,20 @@ def association(self:Run) -> xr.Dataset: # (latent, label)
     text = [n for n in ("flag",) if n in frame]
     return frame.astype(dict.fromkeys(text, object)).fillna(dict.fromkeys(text, "")).set_index(["latent", "label"]).to_xarray()
 
+# %% ../nbs/50_run.ipynb #7ec4f859
 @patch(as_prop=True)
 def store(self:Run): # folder of the training spectra, or None if it has moved
     "Where the spectra are; the path is kept relative to the run folder, so both may move together."
     path = (self.path / self.config["extra"]["run"]["store"]).resolve()
     return path if (path / "zarr.json").exists() else None
 
-# %% ../nbs/50_run.ipynb #11aa5fe2
+# %% ../nbs/50_run.ipynb #4c1fc8e0
 @patch(as_prop=True)
 def recipe(self:Run) -> PrepRecipe: # of the preparation that spectra need
     "What was done to the spectra before the network saw them."
     return PrepRecipe.from_json(json.dumps(self.config["recipe"]))
 
+# %% ../nbs/50_run.ipynb #2279e3de
 @patch(as_prop=True)
 def grid(self:Run) -> xr.DataArray: # (wavelength,) [Angstrom]
     "Wavelengths of the network, read from the file of weights without loading a network."
@@ -98,7 +102,14 @@ def open_run(
     if not (run.path / "config.json").exists(): raise RunError(f"{run.path} holds no config.json: it is no run folder, or its training has not finished; run train again to resume")
     return run
 
-# %% ../nbs/50_run.ipynb #542d94de
+# %% ../nbs/50_run.ipynb #594859f1
+def _same_survey(store, made, n_pixels):
+    "The store, if it holds the survey that was made by these settings; FileExistsError if another."
+    old = open_store(store)
+    if all(old.attrs.get(k) == v for k, v in made.items()) and old.sizes["wavelength"] == n_pixels: return store
+    raise FileExistsError(f"{store} holds another survey: pass overwrite=True (--overwrite) to replace it, or name another folder")
+
+# %% ../nbs/50_run.ipynb #b80b0c47
 def simulate(
     store, # folder of the Zarr store to write
     *,
@@ -111,15 +122,12 @@ def simulate(
     "Simulate a survey into a store; one that is there already is kept if it is the same survey."
     store, grid = Path(store), log_grid(3785, 6910, n_pixels)
     made = dict(simulator_seed=seed, n_stars=n_stars, random_labels=random_labels)
-    if store.exists() and not overwrite:
-        old = open_store(store)
-        if all(old.attrs.get(k) == v for k, v in made.items()) and old.sizes["wavelength"] == n_pixels: return store
-        raise FileExistsError(f"{store} holds another survey: pass overwrite=True (--overwrite) to replace it, or name another folder")
+    if store.exists() and not overwrite: return _same_survey(store, made, n_pixels)
     exposures = np.where(np.arange(n_stars) % 10 == 0, 4, 1)
     survey = sample_survey(n_stars, exposures, seed, grid, random_labels=random_labels)
     return save_store(survey.assign_attrs(made), store, overwrite=overwrite)
 
-# %% ../nbs/50_run.ipynb #cef7c990
+# %% ../nbs/50_run.ipynb #b0692b11
 def wanted_grid(
     start:float=None, stop:float=None, # first and last wavelength [Angstrom]
     n_pixels:int=None, # of a logarithmic grid
@@ -130,6 +138,7 @@ def wanted_grid(
     if start is None or stop is None or (n_pixels is None) == (step is None): raise ValueError("a grid needs start, stop, and one of n_pixels (logarithmic) or step (linear)")
     return log_grid(start, stop, n_pixels) if step is None else linear_grid(start, stop, step)
 
+# %% ../nbs/50_run.ipynb #1984ac91
 def ingest(
     paths, # files, folders or patterns
     store, # Zarr store to write or to add to
@@ -142,13 +151,14 @@ def ingest(
     from specnb.ingest import ingest as ingest_spectra
     return ingest_spectra(paths, store, wanted_grid(start, stop, n_pixels, step), n_workers=n_workers, progress=progress)
 
-# %% ../nbs/50_run.ipynb #9637611d
+# %% ../nbs/50_run.ipynb #2b0cb6b0
 _PACKAGES = ("specnb", "torch", "fastai", "numpy", "xarray", "zarr", "scikit-learn", "numba", "holoviews", "panel", "astropy")
 
 def versions() -> dict: # name -> version
     "Versions of what takes part in a run, and of Python."
     return {"python": platform.python_version(), **{n: version(n) for n in _PACKAGES}}
 
+# %% ../nbs/50_run.ipynb #b74752ce
 def _same_settings(run, settings):
     "True if `run` is a finished run of these settings; RunError if it is one of others."
     if not (run / "model.safetensors").exists(): return False
@@ -199,23 +209,29 @@ def _prepare_machine(ds, s, recipe, device, reading):
     if made["settings"] and is_first(): print(f"device {device}, {n_processes} process(es); allocator {made['allocator']} with {made['settings']}")
     return dls, dict(device=str(device), n_processes=n_processes, **made)
 
-# %% ../nbs/50_run.ipynb #2f64c8c5
+# %% ../nbs/50_run.ipynb #ce2e5592
+def _write_run(run, learn, history, starts, s, recipe, used):
+    "Write the history of a training and then the bundle, with the settings `s` and how it was computed."
+    from specnb.learner import objective_settings, save_bundle
+    data = learn.dls.train.dataset
+    if len(starts) > 1: starts.to_csv(run / "starts.csv", index=False)
+    history.to_csv(run / "history.csv", index=False); learn.throughput.frame().to_csv(run / "throughput.csv", index=False)
+    extra = dict(run={**s, "versions": versions(), "train_rows": len(data)}, compute=used)
+    save_bundle(run, learn.model, wavelength=data.wavelength, recipe=recipe, objective=objective_settings(s["objective"]), extra=extra)
+
+# %% ../nbs/50_run.ipynb #d0afd41a
 def _fit(ds, run, s, recipe, device, compute, reading):
     "Fit by the settings `s`, then write history and bundle."
     import torch
     from fastai.callback.training import GradientAccumulation
-    from specnb.learner import fit_starts, objective_settings, save_bundle, spectrum_learner
+    from specnb.learner import fit_starts, spectrum_learner
     from specnb.ranks import is_first, wait_for_all
     dls, machine = _prepare_machine(ds, s, recipe, device, reading)
     gather = [GradientAccumulation(s["accumulate"]*dls.train.bs)] if "accumulate" in s else []
     def make(seed): return spectrum_learner(dls, s["net"], s["objective"], lr=s["lr"], seed=seed, precision=s["precision"], cbs=gather, path=run, **compute)
     learn, history, starts = fit_starts(make, [s["seed"] + 1000 * k for k in range(s["starts"])], s["n_epoch"], run / "checkpoints", s["lr"])
     used = machine | dict(torch_threads=torch.get_num_threads(), **learn.model.compute_settings(machine["device"]))
-    if is_first():
-        if len(starts) > 1: starts.to_csv(run / "starts.csv", index=False)
-        history.to_csv(run / "history.csv", index=False); learn.throughput.frame().to_csv(run / "throughput.csv", index=False)
-        extra = dict(run={**s, "versions": versions(), "train_rows": len(dls.train.dataset)}, compute=used)
-        save_bundle(run, learn.model, wavelength=dls.train.dataset.wavelength, recipe=recipe, objective=objective_settings(s["objective"]), extra=extra)
+    if is_first(): _write_run(run, learn, history, starts, s, recipe, used)
     wait_for_all()
     return run
 
@@ -228,7 +244,13 @@ def plan(
     from specnb.scale import plan as measure, plan_text
     return plan_text(measure(store, **options))
 
-# %% ../nbs/50_run.ipynb #49b35721
+# %% ../nbs/50_run.ipynb #4f7368bf
+def _sides(ds, s):
+    "Side of each spectrum in the split of a run with settings `s`, (spectrum,) text; `new` for another store."
+    if fingerprint(ds) != s["store_fingerprint"]: return np.full(ds.sizes["spectrum"], "new")
+    return np.asarray(split_by_object(ds, s["valid"], s["test"], s["seed"], s["by"]))
+
+# %% ../nbs/50_run.ipynb #b6793c0e
 def encode(
     run, # run folder
     store=None, # another store to encode; None: the one of the training
@@ -247,12 +269,11 @@ def encode(
     if source is None: raise RunError(f"the training store {opened.config['extra']['run']['store']} is not where it was: pass the store to encode")
     ds, s, out = open_store(source), opened.config["extra"]["run"], opened.path / "latents.zarr" if out is None else Path(out)
     latents = encode_spectra(opened.bundle, ds, bs=bs, device=device, progress=progress, parts=out.with_name(f".{out.name}.parts"))
-    side = split_by_object(ds, s["valid"], s["test"], s["seed"], s["by"]) if fingerprint(ds) == s["store_fingerprint"] else np.full(ds.sizes["spectrum"], "new")
-    if is_first(): save_store(latents.assign_coords(split=("spectrum", np.asarray(side))), out, overwrite=True)
+    if is_first(): save_store(latents.assign_coords(split=("spectrum", _sides(ds, s))), out, overwrite=True)
     wait_for_all()
     return out
 
-# %% ../nbs/50_run.ipynb #f7466e9d
+# %% ../nbs/50_run.ipynb #dc8d37d1
 def _header_labels(latents):
     "None where there are labels or factors; otherwise the numbers from headers that vary."
     if any(c.attrs.get("role") in ("label", "factor") for c in latents.coords.values()): return None
@@ -260,6 +281,7 @@ def _header_labels(latents):
     if not told: raise RunError("nothing to compare the nodes with: give a table, catalogue='stars.csv' (--catalogue stars.csv), or join one to the store with specnb.catalogue.join_labels")
     return told
 
+# %% ../nbs/50_run.ipynb #b2602fea
 def _choose(latents, split):
     "Rows of the wished split; RunError if there is none."
     if split == "all": return latents
@@ -267,7 +289,14 @@ def _choose(latents, split):
     if not chosen.sizes["spectrum"]: raise RunError(f"no spectrum belongs to split {split!r}; there are {', '.join(np.unique(latents['split']))}: choose one of them, or 'all'")
     return chosen
 
-# %% ../nbs/50_run.ipynb #f92d908d
+# %% ../nbs/50_run.ipynb #cd78fed8
+def _with_catalogue(opened, catalogue, on):
+    "The run with a table's labels joined to its latents, opened anew."
+    from specnb.catalogue import join_labels
+    save_store(join_labels(opened.latents, catalogue, on=on, overwrite=True), opened.path / "latents.zarr", overwrite=True)
+    return open_run(opened.path)
+
+# %% ../nbs/50_run.ipynb #c91c3c31
 def analyse(
     run, # run folder
     *,
@@ -279,11 +308,7 @@ def analyse(
     seed:int=0 # of permutations and subsamples
 ) -> Run: # the run, with its tables written
     "Judge nodes and their relation to labels; writes dimensions.csv, association.csv, report.html and inspect.ipynb."
-    opened = open_run(run)
-    if catalogue is not None:
-        from specnb.catalogue import join_labels
-        save_store(join_labels(opened.latents, catalogue, on=on, overwrite=True), opened.path / "latents.zarr", overwrite=True)
-        opened = open_run(run)
+    opened = open_run(run) if catalogue is None else _with_catalogue(open_run(run), catalogue, on)
     latents = _choose(opened.latents, split)
     judged = informative_nodes(latents, groups=groups, decode=opened.decode, seed=seed)
     related = association(latents, _header_labels(latents) if labels is None else labels, groups=groups, n_permutations=n_permutations, seed=seed)
@@ -365,17 +390,25 @@ def write_votable(
         made.write(out, format="votable")
     return out.getvalue()
 
-# %% ../nbs/50_run.ipynb #7b67ba8f
+# %% ../nbs/50_run.ipynb #da876463
 def _encode_one(opened, ds):
     from specnb.encode import encode as encode_spectra
     return encode_spectra(opened.bundle, ds, progress=False)
 
+# %% ../nbs/50_run.ipynb #c715f048
 def _doors(opened, spectra):
     "What the inspector may do with files."
     if spectra is None: return dict(write_votable=write_votable)
     return dict(write_votable=write_votable, read_upload=lambda name, data: read_dropped(name, data, spectra.wavelength), encode=lambda ds: _encode_one(opened, ds),
                 save_subset=lambda ids: save_selection(opened, ids))
 
+# %% ../nbs/50_run.ipynb #f7bbde4c
+def _compare(one, two):
+    "The page that compares two runs, each under a name of its own."
+    names = [run.path.resolve().name for run in (one, two)]
+    return comparison(one.latents, two.latents, dimensions=(one.dimensions, two.dimensions), histories=(one.history, two.history), names=names if names[0] != names[1] else [str(run.path) for run in (one, two)])
+
+# %% ../nbs/50_run.ipynb #b567e3a5
 def inspect_app(
     run, # run folder, or an open run
     other=None # a second run to compare with
@@ -386,10 +419,6 @@ def inspect_app(
     tabs = {} if other is None else {"Compare": lambda: _compare(opened, open_run(other))}
     return inspector(opened.latents, opened.association, opened.dimensions, load_decoder=lambda: opened.decode, spectra=spectra, wavelength=opened.grid,
                      recipe=opened.recipe, history=opened.history, title=name, tabs=tabs, **_doors(opened, spectra))
-
-def _compare(one, two):
-    names = [run.path.resolve().name for run in (one, two)]
-    return comparison(one.latents, two.latents, dimensions=(one.dimensions, two.dimensions), histories=(one.history, two.history), names=names if names[0] != names[1] else [str(run.path) for run in (one, two)])
 
 # %% ../nbs/50_run.ipynb #d5890518
 def inspect(
