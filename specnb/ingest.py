@@ -32,7 +32,7 @@ from .fits import SpectrumError, SpectrumParts, parts_of, read_parts, register_r
 from .spectra import open_store
 from .wave import air_to_vacuum, doppler_factor, linear_grid, log_grid, resample, vacuum_to_air
 
-# %% ../nbs/12_ingest.ipynb #24a269ce
+# %% ../nbs/12_ingest.ipynb #578b91d7
 SUFFIXES = (".fits", ".fit", ".fts", ".fits.gz", ".fit.gz", ".fts.gz")
 
 def find_files(
@@ -51,6 +51,7 @@ def find_files(
         found.update(p.absolute() for p in new)
     return sorted(found)
 
+# %% ../nbs/12_ingest.ipynb #1e5c902f
 def shuffled(
     files:Iterable, # of Path
     seed:int|None, # None keeps the order of names
@@ -59,7 +60,7 @@ def shuffled(
     if seed is None: return sorted(files)
     return sorted(files, key=lambda f: (hashlib.blake2b(f"{seed}/{f.name}".encode(), digest_size=8).digest(), str(f)))
 
-# %% ../nbs/12_ingest.ipynb #9c7fc633
+# %% ../nbs/12_ingest.ipynb #61ea5aac
 class StoreError(ValueError): "A store that this call cannot write to; says why and what to do."
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +75,14 @@ class Grid:
         w = self.wavelength
         return f"{w.size} pixels, {w[0]:.3f}-{w[-1]:.3f} Angstrom, {self.medium}, {self.frame}"
 
-    def same_as(self, other:"Grid") -> bool:
-        "Equal to a thousandth of a pixel, in the same medium and frame."
-        if (self.medium, self.frame, self.wavelength.size) != (other.medium, other.frame, other.wavelength.size): return False
-        return bool(np.abs(self.wavelength - other.wavelength).max() < 1e-3*np.diff(self.wavelength).min())
+# %% ../nbs/12_ingest.ipynb #74508883
+@patch
+def same_as(self:Grid, other:Grid) -> bool:
+    "Equal to a thousandth of a pixel, in the same medium and frame."
+    if (self.medium, self.frame, self.wavelength.size) != (other.medium, other.frame, other.wavelength.size): return False
+    return bool(np.abs(self.wavelength - other.wavelength).max() < 1e-3*np.diff(self.wavelength).min())
 
-# %% ../nbs/12_ingest.ipynb #69bded85
+# %% ../nbs/12_ingest.ipynb #df6b506b
 def _parts(spectrum): return spectrum if isinstance(spectrum, SpectrumParts) else parts_of(spectrum)
 
 def _extent(spectrum):
@@ -91,6 +94,7 @@ def _extent(spectrum):
     spread = lambda s: np.subtract(*np.percentile(s, [90, 10]))/np.median(s)
     return (parts.medium, parts.frame, *ends, np.median(steps), np.median(logs), spread(logs) < .5*spread(steps))
 
+# %% ../nbs/12_ingest.ipynb #723f5002
 def _suits(a, b):
     "Whether two extents have medium and frame in common, and at least half the range of the first."
     return a[:2] == b[:2] and min(a[3], b[3]) - max(a[2], b[2]) >= .5*(a[3] - a[2])
@@ -178,7 +182,7 @@ def onto_grid(
         return tuple(_placed(values[start:start + n], to, grid.size) for values in (flux, ivar))
     return tuple(values.astype(np.float32) for values in resample(*fill_jumps(wavelength, flux.astype(float), ivar.astype(float)), grid))
 
-# %% ../nbs/12_ingest.ipynb #6e940bce
+# %% ../nbs/12_ingest.ipynb #c477b70e
 _P1, _P2, _P3, _P4, _P5 = (np.uint64(p) for p in (11400714785074694791, 14029467366897019727, 1609587929392839161, 9650029242287828579, 2870177450012600261))
 
 @njit(inline="always")
@@ -187,6 +191,7 @@ def _turn(x, bits): return (x << np.uint64(bits)) | (x >> np.uint64(64 - bits))
 @njit(inline="always")
 def _round(lane, word): return _turn(lane + word*_P2, 31)*_P1
 
+# %% ../nbs/12_ingest.ipynb #7ceaf5c0
 @njit(cache=True, nogil=True)
 def _xxh64(words, tail):
     "Words of 8 bytes and the up to 7 bytes behind them; seed 0."
@@ -203,7 +208,7 @@ def _xxh64(words, tail):
     for k in range(at, n): h = _turn(h ^ _round(np.uint64(0), words[k]), 27)*_P1 + _P4
     return _xxh64_end(h, tail)
 
-# %% ../nbs/12_ingest.ipynb #9c3aeee6
+# %% ../nbs/12_ingest.ipynb #e6da0c14
 @njit(cache=True, nogil=True)
 def _xxh64_end(h, tail):
     "Mix in the last bytes, then the bits among themselves."
@@ -216,6 +221,7 @@ def _xxh64_end(h, tail):
     h = (h ^ (h >> np.uint64(29)))*_P3
     return h ^ (h >> np.uint64(32))
 
+# %% ../nbs/12_ingest.ipynb #019c9d98
 def checksum(
     content, # bytes, or a contiguous array
 ) -> str: # 16 hexadecimal digits
@@ -287,11 +293,12 @@ def try_row(
     except OSError as exc: return out | dict(reason=f"cannot be read ({exc.strerror or exc})", mend="check permissions and the disk", kind=type(exc).__name__)
     except Exception as exc: return out | dict(reason=f"{type(exc).__name__}: {exc}", mend="report it together with the file", kind=type(exc).__name__)
 
-# %% ../nbs/12_ingest.ipynb #8fc57830
+# %% ../nbs/12_ingest.ipynb #75c22fc6
 def _pack(wavelength): return base64.b64encode(zlib.compress(np.asarray(wavelength, "<f8").tobytes(), 1)).decode()
 
 def _unpack(text): return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<f8").astype(float)
 
+# %% ../nbs/12_ingest.ipynb #e76e302d
 def _write_atomically(path, *contents, size=None, durable=True):
     "A file that is either the old one or the new one, whatever happens; filled up to its size with zeros."
     part = path.with_name(path.name + ".part")
@@ -302,19 +309,34 @@ def _write_atomically(path, *contents, size=None, durable=True):
         if durable: os.fsync(f.fileno())
     os.replace(part, path)
 
+# %% ../nbs/12_ingest.ipynb #3c1a9f29
 @lru_cache(maxsize=1)
 def _boot():
     "What the system calls the time since it was started, \"\" where it does not say."
     try: return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError: return ""
 
+# %% ../nbs/12_ingest.ipynb #97a922a3
 @lru_cache(maxsize=2)
 def _grid_of(manifest, key):
     "Grid from the first line of a manifest; cached by its key, since every worker needs it for every file."
     with open(manifest, "rb") as f: first = json.loads(f.readline())
     return Grid(_unpack(first["wavelength"]), first["medium"], first["frame"], first["origin"])
 
-# %% ../nbs/12_ingest.ipynb #2428d290
+# %% ../nbs/12_ingest.ipynb #cf761405
+def _groups(content):
+    "Groups of records that have a commit behind them, each with the place where it ends."
+    group, end = [], 0
+    for line in content.splitlines(keepends=True):
+        if not line.endswith(b"\n"): return
+        try: group.append(json.loads(line))
+        except ValueError: return
+        end += len(line)
+        if group[-1]["kind"] == "commit":
+            yield group, end
+            group = []
+
+# %% ../nbs/12_ingest.ipynb #b8f30b3c
 class Manifest:
     "What a store holds and what was refused; append-only, committed in groups."
     def __init__(self,
@@ -322,15 +344,9 @@ class Manifest:
     ):
         self.path, self.n_rows, self.chunk_rows, self._end = Path(path), 0, 0, 0
         self.files, self.refused, self.ids, self.exposures, self.sums, self.attrs, self.chunks, self.boots, self.packed = {}, {}, {}, {}, {}, {}, {}, {}, False
-        content, end, group = self.path.read_bytes(), 0, []
-        for line in content.splitlines(keepends=True):
-            if not line.endswith(b"\n"): break
-            try: group.append(json.loads(line))
-            except ValueError: break
-            end += len(line)
-            if group[-1]["kind"] == "commit":
-                for record in group: self._apply(record)
-                group, self._end = [], end
+        content = self.path.read_bytes()
+        for group, self._end in _groups(content):
+            for record in group: self._apply(record)
         if not self.files and not self.chunk_rows: raise StoreError(f"{self.path.name}: not a manifest of ingest, or cut off before its first commit; delete it together with the store and ingest again")
         if self._end < len(content): os.truncate(self.path, self._end)
 
@@ -387,7 +403,7 @@ def new_manifest(
     _write_atomically(Path(path), "".join(json.dumps(r, sort_keys=True) + "\n" for r in (first, dict(kind="commit"))).encode())
     return Manifest(path)
 
-# %% ../nbs/12_ingest.ipynb #a36071f9
+# %% ../nbs/12_ingest.ipynb #baf49d16
 def _chunk_path(store, variable, k): return Path(store)/variable/"c"/str(k)/"0"
 
 def write_chunk(
@@ -405,6 +421,7 @@ def write_chunk(
         sums[variable] = checksum("".join(checksum(row[v]) for row in rows).encode())
     return sums
 
+# %% ../nbs/12_ingest.ipynb #fa5052c0
 def read_chunk(
     store:str|Path, # the store
     k:int, # number of the chunk
@@ -416,7 +433,7 @@ def read_chunk(
     flux, ivar = (np.fromfile(_chunk_path(store, v, k), dtype).reshape(chunk_rows, -1)[:n_rows] for v in ("flux", "ivar"))
     return list(zip(flux, ivar))
 
-# %% ../nbs/12_ingest.ipynb #aee6b893
+# %% ../nbs/12_ingest.ipynb #53cbf7ea
 def _columns(manifest):
     "Coordinate columns of all rows, read from the manifest."
     columns, n, group = {}, 0, []
@@ -431,6 +448,7 @@ def _columns(manifest):
     text = {k for k, values in columns.items() if any(isinstance(v, str) for v in values)}
     return {k: np.array([v or "" for v in values], dtype=object) if k in text else np.array([np.nan if v is None else v for v in values]) for k, values in columns.items()}
 
+# %% ../nbs/12_ingest.ipynb #21d55be1
 def _template(manifest):
     "Dataset with all coordinates and, in place of the pixels, lazy zeros that are never written."
     grid, columns = manifest.grid, _columns(manifest)
@@ -481,7 +499,7 @@ def duplicate_of(
     else: return None
     return dict(reason=why, mend=mend, kind="Duplicate")
 
-# %% ../nbs/12_ingest.ipynb #aa0869ad
+# %% ../nbs/12_ingest.ipynb #74338260
 def _work(paths, manifest, key, options, readers):
     "What a worker does with a handful of files."
     known = {r.name for r in registered_readers()}
@@ -489,6 +507,7 @@ def _work(paths, manifest, key, options, readers):
         if r.name not in known: register_reader(r.name, r.identify, r.read, r.priority, replace=True)
     return [try_row(path, _grid_of(manifest, key), **options) for path in paths]
 
+# %% ../nbs/12_ingest.ipynb #66e68b4c
 def _ignore_interrupt(): signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def _pool(n_workers):
@@ -498,6 +517,7 @@ def _pool(n_workers):
     if method == "forkserver": context.set_forkserver_preload(["specnb.ingest"])
     return ProcessPoolExecutor(n_workers, mp_context=context, initializer=_ignore_interrupt)
 
+# %% ../nbs/12_ingest.ipynb #ea101b4e
 def _portable_readers():
     "The user's readers, checked to reach another process."
     try: return pickle.loads(pickle.dumps(registered_readers()))
@@ -529,7 +549,7 @@ def rows_in_order(
         finally:
             for future in waiting: future.cancel()
 
-# %% ../nbs/12_ingest.ipynb #b26ef084
+# %% ../nbs/12_ingest.ipynb #2b6c8951
 class _Writer:
     "Rows on their way into chunks; a chunk is written and committed in the background while the next one fills."
     def __init__(self, store, manifest):
@@ -539,6 +559,7 @@ class _Writer:
         self.records, self.pending, self.attrs = [], {}, dict(manifest.attrs)
         self.pool, self.writing, self.written = ThreadPoolExecutor(1), None, {}
 
+# %% ../nbs/12_ingest.ipynb #06ec467b
 @patch
 def add(self:_Writer, result):
     "Take one result of try_row; True if it became a row."
@@ -555,7 +576,7 @@ def add(self:_Writer, result):
     if len(self.rows) == self.manifest.chunk_rows: self.flush()
     return True
 
-# %% ../nbs/12_ingest.ipynb #b36011a3
+# %% ../nbs/12_ingest.ipynb #18f85b87
 @patch
 def settle(self:_Writer):
     "Wait for the background, and raise what went wrong there."
@@ -566,6 +587,7 @@ def settle(self:_Writer):
         raise
     finally: self.written = {}
 
+# %% ../nbs/12_ingest.ipynb #18804cc8
 @patch
 def flush(self:_Writer):
     "Hand the waiting rows and records to the background, after what it had before."
@@ -575,6 +597,7 @@ def flush(self:_Writer):
     if len(self.rows) == self.manifest.chunk_rows: self.rows = []
     self.records, self.written, self.pending = [], self.pending, {}
 
+# %% ../nbs/12_ingest.ipynb #422b48b7
 @patch
 def _store(self:_Writer, rows, records):
     "Write the rows, then commit the records."
@@ -590,7 +613,7 @@ def close(self:_Writer):
     try: self.flush(); self.settle(); self.manifest.sync()
     finally: self.pool.shutdown()
 
-# %% ../nbs/12_ingest.ipynb #2d38a860
+# %% ../nbs/12_ingest.ipynb #38fe8a87
 @contextlib.contextmanager
 def _unbroken():
     "Hold Ctrl-C back to the end of the block (in the main thread, the only one that gets it)."
@@ -603,6 +626,7 @@ def _unbroken():
     finally: signal.signal(signal.SIGINT, before)
     if held: raise KeyboardInterrupt
 
+# %% ../nbs/12_ingest.ipynb #1f52344a
 @contextlib.contextmanager
 def _locked(path):
     "The only ingest into this store, where the system has file locks."
@@ -613,9 +637,10 @@ def _locked(path):
         except OSError: raise StoreError(f"{Path(path).name}: another process is ingesting into this store; wait for it, or end it") from None
         yield
 
-# %% ../nbs/12_ingest.ipynb #7b97c0eb
+# %% ../nbs/12_ingest.ipynb #16d2516c
 def _beside(store, ending): return Path(store).with_name(Path(store).name.removesuffix(".zarr") + ending)
 
+# %% ../nbs/12_ingest.ipynb #13c77a55
 def _requested(wavelength, default):
     "The grid that the user asked for; medium and frame from its attributes, else from a default."
     if wavelength is None: return default
@@ -624,6 +649,7 @@ def _requested(wavelength, default):
     if wave.ndim != 1 or wave.size < 2 or not (np.isfinite(wave).all() and (np.diff(wave) > 0).all()): raise ValueError("wavelength: must be one increasing axis of two or more finite numbers [Angstrom]")
     return grid
 
+# %% ../nbs/12_ingest.ipynb #9d93565a
 def check_store(
     store:str|Path, # the store
     manifest:Manifest, # its manifest
@@ -638,7 +664,7 @@ def check_store(
             if not path.exists() or path.stat().st_size != size:
                 raise StoreError(f"{Path(store).name}: chunk {k} is missing or damaged though {manifest.path.name} lists it; restore it, or pass overwrite=True to begin anew")
 
-# %% ../nbs/12_ingest.ipynb #eb920915
+# %% ../nbs/12_ingest.ipynb #44083d68
 def _damaged(store, manifest, chunks):
     "Those of some chunks that are missing or whose bytes are not those that were written, as (chunk, \"flux\" or \"ivar\")."
     damaged, dtype = [], "<f2" if manifest.packed else "<f4"
@@ -650,6 +676,7 @@ def _damaged(store, manifest, chunks):
             if checksum("".join(map(checksum, rows)).encode()) != manifest.chunks[k][v]: damaged.append((k, v))
     return damaged
 
+# %% ../nbs/12_ingest.ipynb #a7027134
 def verify_store(
     store:str|Path, # the store
 ) -> list: # of (chunk, "flux" or "ivar") whose bytes are not those that were written; empty is good
@@ -657,7 +684,7 @@ def verify_store(
     manifest = Manifest(_beside(store, ".manifest.jsonl"))
     return _damaged(store, manifest, manifest.chunks)
 
-# %% ../nbs/12_ingest.ipynb #bc407829
+# %% ../nbs/12_ingest.ipynb #535e6b29
 def _forget_from(manifest, k):
     "The manifest as it was before chunk k was first written."
     kept, group = [], []
@@ -669,6 +696,7 @@ def _forget_from(manifest, k):
     _write_atomically(manifest.path, *kept)
     return Manifest(manifest.path)
 
+# %% ../nbs/12_ingest.ipynb #0531f203
 def repair_after_power_loss(
     store:str|Path, # the store
     manifest:Manifest, # its manifest
@@ -738,7 +766,7 @@ def create_manifest(
     path.parent.mkdir(parents=True, exist_ok=True)
     return new_manifest(path, grid, chunk_rows or max(1, min(4_000_000//grid.wavelength.size, max(16, len(files)), 4096)), bool(packed))
 
-# %% ../nbs/12_ingest.ipynb #bb4e8fb1
+# %% ../nbs/12_ingest.ipynb #7b1ce319
 @dataclass(frozen=True, repr=False)
 class IngestReport:
     "What `ingest` did."
@@ -757,6 +785,7 @@ class IngestReport:
         if not self.n_rows: raise FileNotFoundError(f"{self.store}: no file could be read, so there is no store; see .refused")
         return open_store(self.store)
 
+# %% ../nbs/12_ingest.ipynb #839cb853
 def refusal_table(
     refused:dict, # {file: {"reason", "mend", "error"}}
 ) -> pd.DataFrame: # file, reason, mend, error
@@ -791,7 +820,7 @@ def _run(store, manifest, files, options, n_workers, progress):
             _write_atomically(_beside(store, ".refusals.csv"), refusal_table(manifest.refused).to_csv(index=False).encode())
     return manifest.n_rows - before
 
-# %% ../nbs/12_ingest.ipynb #c8e556e2
+# %% ../nbs/12_ingest.ipynb #26560130
 @contextlib.contextmanager
 def _opened(store, wavelength, how, new):
     "The manifest of an existing or a new store, locked before it is read."
@@ -802,10 +831,21 @@ def _opened(store, wavelength, how, new):
         if manifest is None and (manifest := create_manifest(store, wavelength=wavelength, **new)): held.enter_context(_locked(path))
         yield manifest
 
+# %% ../nbs/12_ingest.ipynb #d139733f
 def _is_known(manifest, file):
     try: stat = os.stat(file)
     except OSError: return False
     return manifest.files.get(str(file)) == (stat.st_size, stat.st_mtime_ns)
+
+# %% ../nbs/12_ingest.ipynb #5a76adf4
+def _nothing(store, files, read_options):
+    "Report when no file can be read."
+    anything = Grid(np.array([1., 2.]), "air", "topocentric")
+    results = [try_row(f, anything, **read_options) for f in files]
+    table = refusal_table({r["file"]: dict(reason=r["reason"], mend=r["mend"], error=r["kind"]) for r in results})
+    Path(store).parent.mkdir(parents=True, exist_ok=True)
+    _write_atomically(_beside(store, ".refusals.csv"), table.to_csv(index=False).encode())
+    return IngestReport(store, 0, 0, 0, table)
 
 # %% ../nbs/12_ingest.ipynb #a0adbf0f
 def ingest(
@@ -831,13 +871,3 @@ def ingest(
         n_new = _run(store, manifest, todo, options | dict(min_coverage=min_coverage, packed=manifest.packed), n_workers, progress)
     refused = {str(f): manifest.refused[str(f)] for f in files if str(f) in manifest.refused}
     return IngestReport(store, n_new, len(files) - n_new - len(refused), manifest.n_rows, refusal_table(refused))
-
-# %% ../nbs/12_ingest.ipynb #5a76adf4
-def _nothing(store, files, read_options):
-    "Report when no file can be read."
-    anything = Grid(np.array([1., 2.]), "air", "topocentric")
-    results = [try_row(f, anything, **read_options) for f in files]
-    table = refusal_table({r["file"]: dict(reason=r["reason"], mend=r["mend"], error=r["kind"]) for r in results})
-    Path(store).parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(_beside(store, ".refusals.csv"), table.to_csv(index=False).encode())
-    return IngestReport(store, 0, 0, 0, table)
