@@ -52,7 +52,19 @@ def exchangeable_units(
     codes[missing] = codes.max() + 1 + np.arange(missing.sum())
     return np.unique(codes, return_inverse=True)[1]
 
-# %% ../nbs/32_disentangle.ipynb #486a4330
+# %% ../nbs/32_disentangle.ipynb #17ea2522
+def _halves(
+    codes:np.ndarray, # (spectrum,) group codes
+    n_subsamples:int, seed:int, # how many halves
+): # yields (row,) row numbers
+    "The rows of half of the groups, drawn anew each time without replacement."
+    rng, n_groups = np.random.default_rng(seed), codes.max() + 1
+    for _ in range(n_subsamples):
+        chosen = np.zeros(n_groups, bool)
+        chosen[rng.choice(n_groups, n_groups // 2, replace=False)] = True
+        yield np.flatnonzero(chosen[codes])
+
+# %% ../nbs/32_disentangle.ipynb #f320f3f2
 def half_sample_interval(
     statistic, # callable: (rows,) integer indices -> number or array
     codes:np.ndarray, # (spectrum,) group codes
@@ -62,14 +74,10 @@ def half_sample_interval(
     bounds:tuple=(-np.inf, np.inf), # what the statistic can be; an estimate outside stays outside
 )->tuple: # (estimate, low, high) of all groups, each like the statistic
     "Student interval from halves of the groups; NaN where there are fewer than 8 groups or 2 subsamples."
-    rng, n_groups = np.random.default_rng(seed), codes.max() + 1
+    n_groups = codes.max() + 1
     estimate = np.asarray(statistic(np.arange(len(codes))), float)
     if n_subsamples < 2 or n_groups < 8: return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
-    draws = []
-    for _ in range(n_subsamples):
-        chosen = np.zeros(n_groups, bool)
-        chosen[rng.choice(n_groups, n_groups // 2, replace=False)] = True
-        draws.append(statistic(np.flatnonzero(chosen[codes])))
+    draws = [statistic(rows) for rows in _halves(codes, n_subsamples, seed)]
     half = np.std(draws, axis=0, ddof=1) * student_t.ppf((1 + level) / 2, n_subsamples - 1)
     return estimate, np.minimum(estimate, np.maximum(estimate - half, bounds[0])), np.maximum(estimate, np.minimum(estimate + half, bounds[1]))
 
@@ -87,7 +95,7 @@ def blur_factor(
     blurred[known] = (rankdata(values[known]) - 0.5) / known.sum()
     return blurred + noise
 
-# %% ../nbs/32_disentangle.ipynb #3f6b9123
+# %% ../nbs/32_disentangle.ipynb #a6545a7a
 def _untied_ranks(
     values, # (spectrum,) factor, NaN where missing
     seed:int=0, # of the order within ties
@@ -97,7 +105,7 @@ def _untied_ranks(
     order = np.lexsort((np.random.default_rng([33, seed]).random(len(values)), values))
     return np.where(np.isfinite(values), order.argsort(), np.nan)
 
-
+# %% ../nbs/32_disentangle.ipynb #feb73353
 def blurred_entropy(
     values, # (spectrum,) factor, NaN where missing
     levels:float=20, k:int=3, seed:int=0, # resolution, neighbours of the estimator, noise
@@ -105,7 +113,7 @@ def blurred_entropy(
     "What a perfect code would know of the factor at this resolution."
     return mutual_information(_untied_ranks(values, seed), blur_factor(values, levels, seed), k=k, extrapolate=False)
 
-# %% ../nbs/32_disentangle.ipynb #0cb0435f
+# %% ../nbs/32_disentangle.ipynb #66d43f03
 def one_per_group(
     codes:np.ndarray, # (spectrum,) group codes
     n_draws:int=3, seed:int=0, # how many draws; one where no group repeats
@@ -117,7 +125,7 @@ def one_per_group(
         out.append(np.sort(order[np.unique(codes[order], return_index=True)[1]]))
     return out
 
-
+# %% ../nbs/32_disentangle.ipynb #f10d5757
 def information_matrix(
     z:np.ndarray, # (spectrum, latent)
     y:np.ndarray, # (spectrum, factor), NaN where missing
@@ -133,7 +141,7 @@ def information_matrix(
         out[:, j] = [np.mean([mutual_information(x[rows], column[rows], k=k, extrapolate=False) for rows in draws]) for x in z.T]
     return out
 
-# %% ../nbs/32_disentangle.ipynb #5942d369
+# %% ../nbs/32_disentangle.ipynb #5073d9ad
 def _with_interval(
     variables:dict, # name -> (dims, index of the variable's numbers in the flat statistic)
     flat:tuple, # (estimate, low, high), each (number,)
@@ -144,7 +152,7 @@ def _with_interval(
             out[name + suffix] = (dims, values[where] if dims else values[where][0])
     return out
 
-
+# %% ../nbs/32_disentangle.ipynb #9773c875
 def _factor_flags(
     y:np.ndarray, # (spectrum, factor)
     codes:np.ndarray, # (spectrum,) group codes
@@ -156,7 +164,18 @@ def _factor_flags(
             for k, c, g in zip(known.T, constant, n_groups)]
     return known.sum(0), np.array(n_groups), np.array(flag, dtype=object).astype(str)
 
-# %% ../nbs/32_disentangle.ipynb #58a5eba6
+# %% ../nbs/32_disentangle.ipynb #8dcfe15c
+def _result(
+    out:dict, # name -> (dims, values) of a score
+    z:xr.DataArray, y:xr.DataArray, # (spectrum, latent) and (spectrum, factor)
+    codes:np.ndarray, # (spectrum,) group codes
+    **settings, # kept as attributes
+)->xr.Dataset: # the labelled result
+    n, n_groups, flag = _factor_flags(y.values, codes)
+    out |= dict(n=("factor", n), n_groups=("factor", n_groups), flag=("factor", flag))
+    return xr.Dataset(out, coords={"latent": z.latent.values, "factor": y.factor.values}).assign_attrs(settings)
+
+# %% ../nbs/32_disentangle.ipynb #9229bc18
 def _mig_parts(
     z:np.ndarray, # (spectrum, latent)
     blurred:np.ndarray, ordered:np.ndarray, # (spectrum, factor) blurred ranks; ranks without ties; NaN where missing
@@ -168,14 +187,14 @@ def _mig_parts(
     top = np.sort(information, axis=0)
     return information, entropy, (top[-1] - top[-2]) / entropy
 
-
+# %% ../nbs/32_disentangle.ipynb #e5987f36
 def _mean(
     values:np.ndarray, # (factor,) scores, NaN where undefined
 )->float: # mean of the defined ones, NaN if there are none
     good = values[np.isfinite(values)]
     return good.mean() if len(good) else np.nan
 
-# %% ../nbs/32_disentangle.ipynb #11acaec4
+# %% ../nbs/32_disentangle.ipynb #8e8f8aab
 def mig(
     latents, # latents Dataset, DataArray, DataFrame or array, (spectrum, latent)
     factors=None, # anything that `factor_array` takes, (spectrum, factor)
@@ -194,27 +213,20 @@ def mig(
     def statistic(rows): return np.append(gap := parts(rows)[2], _mean(gap))
     flat = half_sample_interval(statistic, codes, n_subsamples, level, seed, (0, 1))
     information, entropy, _ = parts(np.arange(len(codes)))
-    return _mig_dataset(z, y, codes, information, entropy, flat).assign_attrs(
-        metric="MIG", levels=levels, k=k, level=level, n_subsamples=n_subsamples, seed=seed)
+    return _result(_mig_variables(z, information, entropy, flat), z, y, codes, metric="MIG", levels=levels, k=k, level=level, n_subsamples=n_subsamples, seed=seed)
 
-# %% ../nbs/32_disentangle.ipynb #51ce25c3
-def _mig_dataset(
+# %% ../nbs/32_disentangle.ipynb #17dfce04
+def _mig_variables(
     z:xr.DataArray, # (spectrum, latent)
-    y:xr.DataArray, # (spectrum, factor)
-    codes:np.ndarray, # (spectrum,) group codes
     information:np.ndarray, # (latent, factor) [nat]
     entropy:np.ndarray, # (factor,) [nat]
     flat:tuple, # (estimate, low, high) of the gaps and their mean
-)->xr.Dataset: # the labelled result of `mig`
-    n_factors, names = y.sizes["factor"], z.latent.values
-    order = np.argsort(np.nan_to_num(information, nan=-np.inf), axis=0)
-    n, n_groups, flag = _factor_flags(y.values, codes)
-    out = _with_interval(dict(mig=("factor", slice(0, n_factors)), score=((), slice(n_factors, None))), flat)
-    out |= dict(mi=(("latent", "factor"), information, {"units": "nat"}), entropy=("factor", entropy, {"units": "nat"}),
-                best=("factor", names[order[-1]]), second=("factor", names[order[-2]]), n=("factor", n),
-                best_share=("factor", np.sort(information, 0)[-1] / entropy), second_share=("factor", np.sort(information, 0)[-2] / entropy),
-                n_groups=("factor", n_groups), flag=("factor", flag))
-    return xr.Dataset(out, coords={"latent": names, "factor": y.factor.values})
+)->dict: # name -> (dims, values): what `mig` returns of the nodes
+    names, order, top = z.latent.values, np.argsort(np.nan_to_num(information, nan=-np.inf), axis=0), np.sort(information, 0)
+    out = _with_interval(dict(mig=("factor", slice(0, -1)), score=((), slice(-1, None))), flat)
+    return out | dict(mi=(("latent", "factor"), information, {"units": "nat"}), entropy=("factor", entropy, {"units": "nat"}),
+                      best=("factor", names[order[-1]]), second=("factor", names[order[-2]]),
+                      best_share=("factor", top[-1] / entropy), second_share=("factor", top[-2] / entropy))
 
 # %% ../nbs/32_disentangle.ipynb #67bd0381
 def _regressor(
@@ -228,14 +240,14 @@ def _regressor(
     if model == "forest": return RandomForestRegressor(n_trees, min_samples_leaf=5, max_samples=min(1.0, 1000 / n_rows), random_state=seed, n_jobs=1)
     raise ValueError(f"unknown importance model {model!r}: use 'lasso' or 'forest'")
 
-# %% ../nbs/32_disentangle.ipynb #ffdcdf45
+# %% ../nbs/32_disentangle.ipynb #b2578ccb
 def _standard(
     values:np.ndarray, # (row, ...) 
 )->np.ndarray: # zero mean and unit spread along rows; zeros for a constant
     spread = values.std(0)
     return (values - values.mean(0)) / np.where(spread > 0, spread, 1)
 
-
+# %% ../nbs/32_disentangle.ipynb #4da0557c
 def importance_matrix(
     z:np.ndarray, # (spectrum, latent)
     y:np.ndarray, # (spectrum, factor), NaN where missing
@@ -256,7 +268,7 @@ def importance_matrix(
         out[:, j] = np.mean(weights, axis=0)
     return out
 
-# %% ../nbs/32_disentangle.ipynb #7d805a0f
+# %% ../nbs/32_disentangle.ipynb #24cafa2d
 def _peakedness(
     weights:np.ndarray, # (row, column), 0 or more
 )->np.ndarray: # (row,) 1 less the entropy of each row in units of ln(columns); NaN for an empty row or one column
@@ -265,7 +277,7 @@ def _peakedness(
     entropy = -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=1)
     return 1 - entropy / np.log(weights.shape[1]) if weights.shape[1] > 1 else np.full(len(weights), np.nan)
 
-
+# %% ../nbs/32_disentangle.ipynb #2a4f646b
 def dci_scores(
     importance:np.ndarray, # (latent, factor), 0 or more; NaN columns are left out
 )->tuple: # disentanglement (latent,), completeness (factor,), and their two weighted means
@@ -296,7 +308,7 @@ def _held_out_r2(
         out[j] = 1 - np.mean((target - guess)**2)
     return out
 
-# %% ../nbs/32_disentangle.ipynb #efac5a82
+# %% ../nbs/32_disentangle.ipynb #e2473996
 def dci(
     latents, # latents Dataset, DataArray, DataFrame or array, (spectrum, latent)
     factors=None, # anything that `factor_array` takes, (spectrum, factor)
@@ -314,13 +326,11 @@ def dci(
     flat = half_sample_interval(statistic, codes, n_subsamples, level, seed, (0, 1))
     out = _with_interval(dict(disentanglement=("latent", slice(0, n_latents)), completeness=("factor", slice(n_latents, n_latents + n_factors)),
                               score=((), slice(-2, -1)), completeness_score=((), slice(-1, None))), flat)
-    n, n_groups, flag = _factor_flags(y.values, codes)
-    out |= dict(importance=(("latent", "factor"), importance(np.arange(len(codes)))), n=("factor", n), n_groups=("factor", n_groups),
-                informativeness=("factor", _held_out_r2(z.values, y.values, codes, model, n_trees, seed)), flag=("factor", flag))
-    return xr.Dataset(out, coords={"latent": z.latent.values, "factor": y.factor.values}).assign_attrs(
-        metric="DCI", model=model, level=level, n_subsamples=n_subsamples, seed=seed)
+    out |= dict(importance=(("latent", "factor"), importance(np.arange(len(codes)))),
+                informativeness=("factor", _held_out_r2(z.values, y.values, codes, model, n_trees, seed)))
+    return _result(out, z, y, codes, metric="DCI", model=model, level=level, n_subsamples=n_subsamples, seed=seed)
 
-# %% ../nbs/32_disentangle.ipynb #0d085b47
+# %% ../nbs/32_disentangle.ipynb #45af26ea
 def sap(
     latents, # latents Dataset, DataArray, DataFrame or array, (spectrum, latent)
     factors=None, # anything that `factor_array` takes, (spectrum, factor)
@@ -339,11 +349,8 @@ def sap(
         return np.append(top[-1] - top[-2], np.mean(top[-1] - top[-2]))
     flat, everything = half_sample_interval(statistic, codes, n_subsamples, level, seed, (0, 1)), r2(np.arange(len(codes)))
     out = _with_interval(dict(sap=("factor", slice(0, -1)), score=((), slice(-1, None))), flat)
-    n, n_groups, flag = _factor_flags(y.values, codes)
-    out |= dict(r2=(("latent", "factor"), everything), best=("factor", z.latent.values[everything.argmax(0)]),
-                n=("factor", n), n_groups=("factor", n_groups), flag=("factor", flag))
-    return xr.Dataset(out, coords={"latent": z.latent.values, "factor": y.factor.values}).assign_attrs(
-        metric="SAP", rank=int(rank), level=level, n_subsamples=n_subsamples, seed=seed)
+    out |= dict(r2=(("latent", "factor"), everything), best=("factor", z.latent.values[everything.argmax(0)]))
+    return _result(out, z, y, codes, metric="SAP", rank=int(rank), level=level, n_subsamples=n_subsamples, seed=seed)
 
 # %% ../nbs/32_disentangle.ipynb #7e545df8
 def _modularity(
@@ -358,7 +365,7 @@ def _modularity(
     votes = theta >= floor
     return values, votes, values[votes].mean() if votes.any() else np.nan
 
-# %% ../nbs/32_disentangle.ipynb #55acd1e6
+# %% ../nbs/32_disentangle.ipynb #34b83ac2
 def modularity(
     latents, # latents Dataset, DataArray, DataFrame or array, (spectrum, latent)
     factors=None, # anything that `factor_array` takes, (spectrum, factor)
@@ -376,20 +383,17 @@ def modularity(
     flat = half_sample_interval(statistic, codes, n_subsamples, level, seed, (0, 1))
     information = information_matrix(z.values, y.values, codes, k, seed=seed)
     out = _with_interval(dict(modularity=("latent", slice(0, -1)), score=((), slice(-1, None))), flat)
-    n, n_groups, flag = _factor_flags(y.values, codes)
-    out |= dict(mi=(("latent", "factor"), information, {"units": "nat"}), votes=("latent", _modularity(information, floor)[1]),
-                n=("factor", n), n_groups=("factor", n_groups), flag=("factor", flag))
-    return xr.Dataset(out, coords={"latent": z.latent.values, "factor": y.factor.values}).assign_attrs(
-        metric="modularity", floor=floor, k=k, level=level, n_subsamples=n_subsamples, seed=seed)
+    out |= dict(mi=(("latent", "factor"), information, {"units": "nat"}), votes=("latent", _modularity(information, floor)[1]))
+    return _result(out, z, y, codes, metric="modularity", floor=floor, k=k, level=level, n_subsamples=n_subsamples, seed=seed)
 
-# %% ../nbs/32_disentangle.ipynb #4d2aebf8
+# %% ../nbs/32_disentangle.ipynb #be697c9c
 def _normal_scores(
     values:np.ndarray, # (spectrum, column), complete
 )->np.ndarray: # (spectrum, column) ranks mapped to a standard normal
     "Normal scores of each column (average ranks for ties)."
     return ndtri((rankdata(values, axis=0) - 0.5) / len(values))
 
-
+# %% ../nbs/32_disentangle.ipynb #5427a9c5
 def _total_correlation(
     z:np.ndarray, # (spectrum, latent), complete and not constant
     n_effective:int, # independent rows, for the bias
@@ -402,7 +406,21 @@ def _total_correlation(
     shared_bias = 0.5 * (digamma((n_effective - 1) / 2) - digamma((n_effective - n_nodes) / 2))
     return -0.5 * logdet - bias, shared - shared_bias
 
-# %% ../nbs/32_disentangle.ipynb #393ac742
+# %% ../nbs/32_disentangle.ipynb #d0b1069c
+def _node_correlation(
+    z:xr.DataArray, # (spectrum, latent), complete
+    codes:np.ndarray, # (spectrum,) group codes
+)->np.ndarray: # (latent, other) correlation of the normal scores; `ValueError` where it cannot be inverted
+    n_groups, n_nodes = codes.max() + 1, z.sizes["latent"]
+    if n_nodes < 2: raise ValueError("total correlation needs two nodes or more")
+    if n_groups < 2 * n_nodes + 4: raise ValueError(f"{n_groups} groups for {n_nodes} nodes: pick fewer nodes or bring {2 * n_nodes + 4} groups")
+    constant = z.latent.values[np.ptp(z.values, axis=0) == 0]
+    if len(constant): raise ValueError(f"nodes {constant.tolist()} are constant: leave them out")
+    correlation = np.corrcoef(_normal_scores(z.values), rowvar=False)
+    if np.linalg.cond(correlation) > 1e12: raise ValueError("some nodes are copies of others: total correlation is infinite")
+    return correlation
+
+# %% ../nbs/32_disentangle.ipynb #45ded233
 def total_correlation(
     latents, # latents Dataset, DataArray, DataFrame or array, (spectrum, latent)
     *,
@@ -412,13 +430,8 @@ def total_correlation(
     "Gaussian-copula total correlation of the nodes; `ValueError` for constant or copied nodes and for too few groups."
     z, codes = latent_table(latents).astype(float), exchangeable_units(latents, groups)
     rows = np.isfinite(z.values).all(1)
-    z, codes, n_nodes = z[rows], np.unique(codes[rows], return_inverse=True)[1], z.sizes["latent"]
-    if n_nodes < 2: raise ValueError("total correlation needs two nodes or more")
-    if codes.max() + 1 < 2 * n_nodes + 4: raise ValueError(f"{codes.max() + 1} groups for {n_nodes} nodes: pick fewer nodes or bring {2 * n_nodes + 4} groups")
-    constant = z.latent.values[np.ptp(z.values, axis=0) == 0]
-    if len(constant): raise ValueError(f"nodes {constant.tolist()} are constant: leave them out")
-    correlation = np.corrcoef(_normal_scores(z.values), rowvar=False)
-    if np.linalg.cond(correlation) > 1e12: raise ValueError("some nodes are copies of others: total correlation is infinite")
+    z, codes = z[rows], np.unique(codes[rows], return_inverse=True)[1]
+    correlation = _node_correlation(z, codes)
     def statistic(rows):
         total, shared = _total_correlation(z.values[rows], len(np.unique(codes[rows])))
         return np.append(shared, total)
@@ -457,7 +470,7 @@ def match_nodes(
                               strength=np.abs(spearman[rows, columns]), runner_up=np.clip(others[rows].max(1), 0, None), n=a.sizes["spectrum"]))
     return table.sort_values("strength", ascending=False, ignore_index=True)
 
-# %% ../nbs/32_disentangle.ipynb #0d39f695
+# %% ../nbs/32_disentangle.ipynb #134bdd81
 def relative_strength(
     correlation:np.ndarray, # (latent, other) correlation of the informative nodes of two codes
 )->float: # 0..1
@@ -467,7 +480,7 @@ def relative_strength(
     by_axis = [np.divide(R.max(axis)**2, R.sum(axis), out=np.zeros(R.shape[1 - axis]), where=R.sum(axis) > 0).mean() for axis in (0, 1)]
     return float(np.mean(by_axis))
 
-
+# %% ../nbs/32_disentangle.ipynb #c6ee2364
 def _informative_masks(
     runs:list, # codes, each (spectrum, latent)
     informative, # None, or one boolean array (latent,) or list of node names a run
@@ -483,7 +496,7 @@ def _informative_masks(
         out.append(chosen)
     return out
 
-# %% ../nbs/32_disentangle.ipynb #c8af515b
+# %% ../nbs/32_disentangle.ipynb #395b71b8
 def udr(
     runs:list, # codes of the same spectra from trainings with different seeds, each (spectrum, latent)
     informative=None, # for each run a boolean mask or the names of its informative nodes; None = all that vary
@@ -499,14 +512,22 @@ def udr(
     scores = [_median(np.delete(row, i)) for i, row in enumerate(pair)]
     return xr.Dataset({"udr": ("run", scores), "pair": (("run", "other"), pair)}, coords={"run": range(len(runs)), "other": range(len(runs))})
 
-
+# %% ../nbs/32_disentangle.ipynb #67152a6c
 def _median(
     values:np.ndarray, # (value,)
 )->float: # median of the finite ones, NaN if there are none
     good = values[np.isfinite(values)]
     return float(np.median(good)) if len(good) else np.nan
 
-# %% ../nbs/32_disentangle.ipynb #c68a7f7c
+# %% ../nbs/32_disentangle.ipynb #9e38cc92
+def _met_again(
+    here:xr.DataArray, there:xr.DataArray, # (spectrum, latent) informative nodes of two trainings
+)->dict: # node of the first -> |Spearman| of its partner, 0 for none
+    if not (here.sizes["latent"] and there.sizes["latent"]): return dict.fromkeys(here.latent.values, 0.0)
+    pairs = match_nodes(here, there)
+    return dict.fromkeys(here.latent.values, 0.0) | dict(zip(pairs.latent_a, pairs.strength))
+
+# %% ../nbs/32_disentangle.ipynb #68895b91
 def stability(
     runs:list, # codes of the same spectra from trainings with different seeds, each (spectrum, latent)
     informative=None, # for each run a boolean mask or the names of its informative nodes; None = all that vary
@@ -514,18 +535,13 @@ def stability(
     threshold:float=0.8, # |Spearman| at which a node counts as met again
 )->pd.DataFrame: # one row a run and informative node: strength_median, strength_min, met_in, n_others, survives
     "How strongly each informative node is met again in the other trainings; `ValueError` below two runs."
-    arrays = [latent_table(r) for r in runs]
-    masks, rows = _informative_masks(arrays, informative), []
-    for i, here in enumerate(arrays):
-        kept = here.latent.values[masks[i]]
-        strength = {node: [] for node in kept}
-        for j, there in enumerate(arrays):
-            if i == j: continue
-            pairs = match_nodes(here[:, masks[i]], there[:, masks[j]]) if masks[i].any() and masks[j].any() else pd.DataFrame(dict(latent_a=[], strength=[]))
-            found = dict(zip(pairs.latent_a, pairs.strength))
-            for node in kept: strength[node].append(found.get(node, 0.0))
-        rows += [dict(run=i, latent=n, strength_median=np.median(s), strength_min=min(s), met_in=sum(v >= threshold for v in s),
-                      n_others=len(s)) for n, s in strength.items()]
+    arrays, rows = [latent_table(r) for r in runs], []
+    kept = [run[:, mask] for run, mask in zip(arrays, _informative_masks(arrays, informative))]
+    for i, here in enumerate(kept):
+        met = [_met_again(here, there) for j, there in enumerate(kept) if j != i]
+        for node in here.latent.values:
+            s = [strength[node] for strength in met]
+            rows.append(dict(run=i, latent=node, strength_median=np.median(s), strength_min=min(s), met_in=sum(v >= threshold for v in s), n_others=len(s)))
     table = pd.DataFrame(rows, columns=["run", "latent", "strength_median", "strength_min", "met_in", "n_others"])
     return table.assign(survives=table.met_in >= table.n_others / 2)
 
