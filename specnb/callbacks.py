@@ -62,6 +62,12 @@ def objective_terms(
     terms = dict(kl=(kl.sum(), beta*objective.divergence), total_correlation=(correlation, beta*objective.total_correlation))
     return terms | _further_terms(objective, progress, beta, kl, mean, logvar, z)
 
+# %% ../nbs/23_callbacks.ipynb #70b22ea4
+def _n_rows(learn):
+    "Spectra of the present batch, in all processes together."
+    ranks = getattr(learn, "average_ranks", None)
+    return len(learn.yb[0]) if ranks is None else ranks.n_rows
+
 # %% ../nbs/23_callbacks.ipynb #5a06cf20
 class TermMetric(Metric):
     "Average over an epoch of a number that a callback computes for each batch."
@@ -70,13 +76,13 @@ class TermMetric(Metric):
         name:str, # which of them, and the title of the column
     ): self.callback, self._name = callback, name
 
-# %% ../nbs/23_callbacks.ipynb #bea5ec99
+# %% ../nbs/23_callbacks.ipynb #505418db
 @patch
 def reset(self:TermMetric): self.total, self.count = 0., 0
 
 @patch
 def accumulate(self:TermMetric, learn):
-    n = getattr(self.callback, "n_rows", len(learn.yb[0]))
+    n = _n_rows(learn)
     self.total += float(self.callback.values.get(self._name, 0.))*n
     self.count += n
 
@@ -108,15 +114,14 @@ def before_fit(self:DisentangleCallback):
     own = [m.name for m in self.learn.metrics if isinstance(m, TermMetric) and m.callback is self]
     self.learn._metrics = self.learn.metrics + [TermMetric(self, name) for name in names if name not in own]
 
-# %% ../nbs/23_callbacks.ipynb #abae43bb
+# %% ../nbs/23_callbacks.ipynb #59546bd2
 @patch
 def _whole_batch(self:DisentangleCallback, *codes):
     "Codes of this process with those of the others, without stand-ins."
     positions = getattr(self.dl, "positions", None)
     n_own = len(codes[0]) if positions is None else len(positions)
-    codes = [all_rows(code[:n_own].float()) for code in codes]
-    self.n_rows = len(codes[0])
-    return codes
+    codes = [code[:n_own].float() for code in codes]
+    return codes if place()[1] == 1 else all_rows(torch.cat(codes, 1)).split([code.shape[1] for code in codes], 1)
 
 # %% ../nbs/23_callbacks.ipynb #5701e2c0
 @patch
@@ -270,11 +275,11 @@ def figure(self:LiveNodes
     _draw_terms(axes, self.rows)
     return figure
 
-# %% ../nbs/23_callbacks.ipynb #fc8f3ee9
+# %% ../nbs/23_callbacks.ipynb #962c39cf
 class _WholeLoss(AvgLoss):
     "Mean loss over the spectra of all processes."
     def accumulate(self, learn):
-        self.total, self.count = self.total + learn.loss.detach().cpu()*learn.average_ranks.n_rows, self.count + learn.average_ranks.n_rows
+        self.total, self.count = self.total + learn.loss.detach().cpu()*_n_rows(learn), self.count + _n_rows(learn)
 
 # %% ../nbs/23_callbacks.ipynb #d01119ca
 class AverageRanks(Callback):
@@ -288,16 +293,17 @@ def before_fit(self:AverageRanks):
     same_everywhere(self.model)
     vars(self.learn.recorder)["loss"] = _WholeLoss() # its own attribute, beside one of the learner with this name
 
-# %% ../nbs/23_callbacks.ipynb #255a62ef
+# %% ../nbs/23_callbacks.ipynb #0a094b99
 @patch
 def after_loss(self:AverageRanks):
     "Weigh the loss of this process by its share of the valid pixels, and log that of the whole batch."
     positions, device = getattr(self.dl, "positions", None), self.learn.loss.device
-    valid = (self.pred[6] > 0).sum()
-    n_valid = total(valid, device)
-    self.n_rows = int(total(len(self.yb[0]) if positions is None else len(positions), device))
+    valid, n_own = (self.pred[6] > 0).sum(), len(self.yb[0]) if positions is None else len(positions)
+    own = (valid.double(), valid.new_tensor(n_own).double(), (self.learn.loss.detach()*valid).double())
+    n_valid, n_rows, loss = total(torch.stack(own), device)
+    self.n_rows = int(n_rows)
     self.learn.loss_grad = self.learn.loss_grad*(place()[1]*valid/n_valid).to(self.learn.loss_grad)
-    self.learn.loss = (total(self.learn.loss.detach()*valid, device)/n_valid).to(self.learn.loss_grad)
+    self.learn.loss = (loss/n_valid).to(self.learn.loss_grad)
 
 # %% ../nbs/23_callbacks.ipynb #3e5626a8
 @patch

@@ -26,11 +26,11 @@ def wait_for_all(
     "Return when every process has come to this place."
     if place()[1] > 1: distributed.barrier()
 
-# %% ../nbs/20_ranks.ipynb #779e5e07
+# %% ../nbs/20_ranks.ipynb #cc17c361
 def total(
-    value:torch.Tensor|float, # () number of this process
+    value:torch.Tensor|float, # () number of this process, or (number,) several at once
     device="cpu", # where the processes exchange numbers
-)->torch.Tensor: # () sum over all processes, float64
+)->torch.Tensor: # like value: sum over all processes, float64
     "Sum of a number over processes."
     value = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
     if place()[1] > 1: distributed.all_reduce(value)

@@ -28,6 +28,9 @@ SCRIPT = textwrap.dedent("""
     torch.set_num_threads(1)
     device = join_processes("cpu")
     rank, n_processes = place()
+    gathers, gather = [], torch.distributed.all_gather
+    def counted(*args): gathers.append(args[1].ndim == 2); return gather(*args) # codes, not numbers of rows, nor the loss that fastai smooths
+    torch.distributed.all_gather = counted
     ds = open_store(store)
     split = np.asarray(split_by_object(ds, 0.2, 0.1, 0))
     train = np.flatnonzero(split == "train"); split[train[int(n_rows):]] = ""
@@ -43,7 +46,7 @@ SCRIPT = textwrap.dedent("""
     with learn.no_logging():
         history = fit_resumable(learn, 2, Path(out)/"checkpoints", every=None)
     weights = torch.cat([p.detach().flatten() for p in learn.model.parameters()]).numpy()
-    np.savez(Path(out)/f"{n_processes}-{rank}.npz", losses=np.array([float(v) for v in learn.recorder.losses]), weights=weights, history=history.to_numpy(), n=len(dls.train.dataset))
+    np.savez(Path(out)/f"{n_processes}-{rank}.npz", losses=np.array([float(v) for v in learn.recorder.losses]), weights=weights, history=history.to_numpy(), n=len(dls.train.dataset), gathers=sum(gathers), batches=2*(len(dls.train) + len(dls.valid)))
 """)
 
 
@@ -86,6 +89,7 @@ def test_two_processes_reach_the_losses_of_one(store, tmp_path, objective, memor
     assert one["n"] == first["n"] == n_rows and len(one["losses"]) == len(first["losses"]) == 2 * -(-n_rows // 16)
     np.testing.assert_array_equal(first["weights"], second["weights"])
     np.testing.assert_array_equal(first["losses"], second["losses"])
+    assert one["gathers"] == 0 and first["gathers"] == first["batches"] # mean, log variance and sample go together
     np.testing.assert_allclose(first["losses"], one["losses"], rtol=1e-4)
     np.testing.assert_allclose(first["history"], one["history"], rtol=1e-3, atol=1e-4)
     assert np.abs(first["weights"] - one["weights"]).max() < 1e-3
