@@ -79,7 +79,7 @@ def effective_rank(
 # %% ../nbs/31_dims.ipynb #b284977b
 RATE_CUT, SIGNAL_CUT, TAIL_CUT, JITTER_CUT, LOSS_FLOOR, ICC_CUT, BEYOND_CUT = 0.5, 0.5, 2.5, 2.0, 1e-3, 0.25, 0.05
 
-# %% ../nbs/31_dims.ipynb #45f0acbb
+# %% ../nbs/31_dims.ipynb #c96b3cf7
 def shuffle_loss(
     latents, # latents Dataset or table (spectrum, latent)
     decode, # callable (row, latent) -> (row, wavelength) flux
@@ -98,6 +98,7 @@ def shuffle_loss(
     results = [_node_loss(decode, z, base, a, None if sigma is None else sigma[rows, a], rng, None if flux is None else (np.asarray(flux)[rows], np.asarray(ivar)[rows])) for a in range(z.shape[1])]
     return xr.Dataset({name: ("latent", np.array([r[name] for r in results])) for name in results[0]}, {"latent": table.latent.values})
 
+# %% ../nbs/31_dims.ipynb #cff95898
 def _sigma_of(
     latents, # latents Dataset or table
 )->np.ndarray|None: # (spectrum, latent)
@@ -105,7 +106,16 @@ def _sigma_of(
     if not isinstance(latents, xr.Dataset) or "sigma" not in latents: return None
     return latents["sigma"].transpose(..., "latent").values.astype(float)
 
-# %% ../nbs/31_dims.ipynb #3f8f5821
+# %% ../nbs/31_dims.ipynb #ccfd24ce
+def _p_above_zero(
+    excess:np.ndarray, # (row,) one difference a spectrum
+)->float: # p-value
+    "One-sided Student test of a mean above zero; 0.5 where all differences vanish."
+    freedom = max(len(excess) - 1, 1)
+    t = excess.mean() / np.maximum(excess.std() / np.sqrt(freedom), 1e-300) if excess.any() else 0.0
+    return student_t.sf(t, freedom)
+
+# %% ../nbs/31_dims.ipynb #0f902b82
 def _node_loss(
     decode, # callable (row, latent) -> (row, wavelength)
     z:np.ndarray, # (row, latent)
@@ -125,9 +135,7 @@ def _node_loss(
     out = {"shuffle_loss": loss.mean(), "shuffle_loss_error": loss.std() / np.sqrt(max(len(loss), 1))}
     if sigma is not None:
         jitter = ((moved(z[:, node] + sigma * rng.normal(size=len(z))) - base) ** 2).mean(1)
-        excess = loss - JITTER_CUT * jitter
-        t = excess.mean() / np.maximum(excess.std() / np.sqrt(max(len(loss) - 1, 1)), 1e-300) if excess.any() else 0.0
-        out.update(jitter_loss=jitter.mean(), p_shuffle=student_t.sf(t, max(len(loss) - 1, 1)))
+        out.update(jitter_loss=jitter.mean(), p_shuffle=_p_above_zero(loss - JITTER_CUT * jitter))
     if data is not None: out["chi2_lost"] = (data[1] * ((data[0] - strange) ** 2 - (data[0] - base) ** 2)).mean()
     return out
 
@@ -173,7 +181,19 @@ def consensus(
     majority = np.mean(list(votes.values()), axis=0) > 0.5
     return majority | (statistics["tail_signal"] > TAIL_CUT) if "tail_signal" in statistics else majority
 
-# %% ../nbs/31_dims.ipynb #e95b6437
+# %% ../nbs/31_dims.ipynb #1e40b242
+def _variance_ratio(
+    values:np.ndarray, # (row, latent) in order of their groups
+    size:np.ndarray, start:np.ndarray, # (group,) how many rows, and where they begin
+)->tuple: # F (latent,), mean size of a group
+    "Ratio of the mean squares between and within groups; infinite where a group is all alike, 1 where everything is."
+    n, centre = len(values), np.add.reduceat(values, start, axis=0) / size[:, None]
+    between = (size @ (centre - values.mean(0)) ** 2) / (len(size) - 1)
+    within = ((values - np.repeat(centre, size, axis=0)) ** 2).sum(0) / (n - len(size))
+    ratio = np.where(within > 0, between / np.where(within > 0, within, 1), np.where(between > 0, np.inf, 1))
+    return ratio, (n - (size**2).sum() / n) / (len(size) - 1)
+
+# %% ../nbs/31_dims.ipynb #e4e0f8fa
 def intraclass_correlation(
     latents, # latents Dataset or table (spectrum, latent)
     groups, # coordinate name or (spectrum,) array
@@ -184,11 +204,7 @@ def intraclass_correlation(
     units = make_units(group_codes(table, groups), 1)
     values, size, n = table.values[units.order].astype(float), units.size, len(units.order)
     if not (2 <= len(size) < n): raise ValueError(f"{len(size)} groups among {n} spectra: repeatability needs at least two groups and one that repeats")
-    group_mean = np.add.reduceat(values, units.start, axis=0) / size[:, None]
-    between = (size @ (group_mean - values.mean(0)) ** 2) / (len(size) - 1)
-    within = ((values - np.repeat(group_mean, size, axis=0)) ** 2).sum(0) / (n - len(size))
-    n0 = (n - (size**2).sum() / n) / (len(size) - 1)
-    ratio = np.where(within > 0, between / np.where(within > 0, within, 1), np.where(between > 0, np.inf, 1))
+    ratio, n0 = _variance_ratio(values, size, units.start)
     tail, freedom = (1 - level) / 2, (len(size) - 1, n - len(size))
     icc = lambda f: np.where(np.isinf(f), 1.0, (f - 1) / (np.where(np.isinf(f), 1, f) + n0 - 1))
     bounds = {"icc": ratio, "icc_low": ratio / fisher_f.ppf(1 - tail, *freedom), "icc_high": ratio / fisher_f.ppf(tail, *freedom)}
@@ -233,7 +249,7 @@ def _pair_products(
     with np.errstate(invalid="ignore", divide="ignore"):
         return (total - in_cells) / (count**2 - cell_pairs), (in_cells - square) / (cell_pairs - count), square / count
 
-# %% ../nbs/31_dims.ipynb #955ec397
+# %% ../nbs/31_dims.ipynb #5811e2b9
 def _label_scores(
     known:np.ndarray, # (row, label), NaN where missing
 )->tuple: # (row, column) constant, normal scores and which are missing; (row, label) ranks from 0 to 1
@@ -243,6 +259,7 @@ def _label_scores(
         if there.any(): ranks[there, j] = (average_ranks(known[there, j]) + 0.5) / there.sum()
     return np.c_[np.ones(len(known)), ndtri(ranks), ~here[:, ~here.all(0)]], ranks
 
+# %% ../nbs/31_dims.ipynb #04149aa0
 def _cosines(linear, n_features, scales, among, rng):
     "Cosines of random combinations of `among` of the columns."
     directions = rng.normal(size=(linear.shape[1], n_features)) * rng.choice(scales, n_features) / np.sqrt(among)
@@ -317,7 +334,17 @@ def _null_nodes(
     within = (values - of_group(values)[codes]) * np.sqrt(size / np.maximum(size - 1, 1))[codes]
     return smooth[codes][:, None] + rng.choice(within[size[codes] > 1], (len(values), n_null))
 
-# %% ../nbs/31_dims.ipynb #6736ca2d
+# %% ../nbs/31_dims.ipynb #56f92a8d
+def _null_repeatability(
+    values:np.ndarray, left:np.ndarray, places:np.ndarray, codes:np.ndarray, # see `_null_nodes`
+    regress, # callable (row, column) -> (row, column) of held-out predictions
+    n_null:int, rng:np.random.Generator,
+)->np.ndarray: # (draw,)
+    "Intraclass correlations of the remainders of null nodes."
+    null = _null_nodes(values, left, places, codes, n_null, rng)
+    return intraclass_correlation(_remainder(null, regress(null)), codes).icc.values
+
+# %% ../nbs/31_dims.ipynb #88230948
 def beyond_labels(
     latents, # latents Dataset or table (spectrum, latent)
     labels=None, # as in `specnb.depend.association`
@@ -334,11 +361,11 @@ def beyond_labels(
     codes = np.unique(codes[rows], return_inverse=True)[1]
     folds, penalties = list(GroupKFold(min(n_folds, codes.max() + 1)).split(known, groups=codes)), np.geomspace(1e-3, 1e5, 9)
     features = _label_features(known, rng)
-    left, p = _remainder(values, _held_out(features, values, folds, penalties)), np.ones(values.shape[1])
+    regress = lambda v: _held_out(features, v, folds, penalties)
+    left, p = _remainder(values, regress(values)), np.ones(values.shape[1])
     owner = intraclass_correlation(left, codes, level)
     for a in range(len(p) if n_null else 0):
-        null = _null_nodes(values[:, a], left[:, a], features[0][:, 1:1 + known.shape[1]], codes, n_null, rng)
-        again = intraclass_correlation(_remainder(null, _held_out(features, null, folds, penalties)), codes).icc.values
+        again = _null_repeatability(values[:, a], left[:, a], features[0][:, 1:1 + known.shape[1]], codes, regress, n_null, rng)
         p[a] = (1 + (again >= owner.icc.values[a]).sum()) / (1 + n_null)
     return _beyond(table.latent.values, 1 - left.var(0) / np.maximum(values.var(0), 1e-300), owner, p if n_null else np.nan * p)
 
@@ -351,6 +378,15 @@ def _beyond(
     yes = (owner.icc_low.values > 0) & ~(p > 0.05) & (unexplained > BEYOND_CUT)
     out = {"r2": r2, "unexplained": unexplained, "beyond": yes, "p": p, "q": benjamini_hochberg(p)}
     return xr.Dataset({n: ("latent", v) for n, v in out.items()} | {n: ("latent", owner[n].values) for n in ("icc", "icc_low", "icc_high")}, {"latent": nodes}, owner.attrs | dict(n_beyond=int(yes.sum())))
+
+# %% ../nbs/31_dims.ipynb #804184ac
+def _one_each(
+    units, # groups, of `specnb.depend.make_units`
+    group:np.ndarray, # (draw,) numbers of the drawn ones
+    rng:np.random.Generator,
+)->np.ndarray: # (draw,) rows
+    "One random exposure of each drawn group."
+    return units.order[units.start[group] + (units.size[group] * rng.random(len(group))).astype(int)]
 
 # %% ../nbs/31_dims.ipynb #7f910eb7
 def informative_nodes(
@@ -377,18 +413,18 @@ def informative_nodes(
     fixed, attrs = _with_nulls(mean, sigma, units, fixed, n_null, np.random.default_rng((seed, 4)), attrs)
     return _report(table.latent.values, point | fixed, replicates, fixed, cut, rank, level, attrs | _rank_interval(mean, sigma, units, rank, n_bootstrap, level, np.random.default_rng((seed, 6))))
 
-# %% ../nbs/31_dims.ipynb #de9179f0
+# %% ../nbs/31_dims.ipynb #cf1296d7
 def _with_nulls(
     mean:np.ndarray, sigma:np.ndarray|None, units, fixed:dict, n_null:int, rng:np.random.Generator, attrs:dict, # see `informative_nodes`
 )->tuple: # fixed and attrs, completed
     "Add the p-values of the criteria, and the effective rank of noise alone."
-    group = rng.permutation(units.n_groups)[:2000]
-    row = units.order[units.start[group] + (units.size[group] * rng.random(len(group))).astype(int)]
+    row = _one_each(units, rng.permutation(units.n_groups)[:2000], rng)
     noise = _within_scatter(mean, units) if sigma is None else sigma
     null = noise_null(mean[row], None if sigma is None else sigma[row], noise if noise is None or noise.ndim == 1 else noise[row], n_null, rng)
     ranks = null.pop("effective_rank")
     return fixed | {f"p_{name}": p for name, p in null.items()}, attrs | dict(effective_rank_null=float(ranks.mean()), n_null=n_null)
 
+# %% ../nbs/31_dims.ipynb #3463444c
 def _within_scatter(
     mean:np.ndarray, units, # (row, latent), groups
 )->np.ndarray|None: # (latent,) None where no group repeats
@@ -397,7 +433,7 @@ def _within_scatter(
     centre = np.add.reduceat(mean[units.order], units.start, axis=0) / units.size[:, None]
     return np.sqrt(((mean[units.order] - np.repeat(centre, units.size, axis=0)) ** 2).sum(0) / (len(units.order) - units.n_groups))
 
-# %% ../nbs/31_dims.ipynb #4db318df
+# %% ../nbs/31_dims.ipynb #ed23da9b
 def _rank_interval(
     mean:np.ndarray, sigma:np.ndarray|None, units, rank:float, n_bootstrap:int, level:float, rng:np.random.Generator, # see `informative_nodes`
 )->dict: # effective_rank_low, effective_rank_high
@@ -406,8 +442,7 @@ def _rank_interval(
     if n_bootstrap < 2 or m < 4: return dict(effective_rank_low=float("nan"), effective_rank_high=float("nan"))
     draws = []
     for _ in range(min(n_bootstrap, 50)):
-        group = rng.permutation(units.n_groups)[:m]
-        row = units.order[units.start[group] + (units.size[group] * rng.random(m)).astype(int)]
+        row = _one_each(units, rng.permutation(units.n_groups)[:m], rng)
         draws.append(effective_rank(mean[row], None if sigma is None else sigma[row]))
     reach = np.std(draws, ddof=1) / np.sqrt(units.n_groups / m - 1) * student_t.ppf((1 + level) / 2, len(draws) - 1)
     return dict(effective_rank_low=float(rank - reach), effective_rank_high=float(rank + reach))
@@ -426,7 +461,7 @@ def _fixed_statistics(
         out.update({("p_icc" if name == "p" else name): owner[name].values for name in owner.data_vars})
     return out
 
-# %% ../nbs/31_dims.ipynb #2a9753aa
+# %% ../nbs/31_dims.ipynb #58928cea
 def _replicates(
     mean:np.ndarray, sigma:np.ndarray|None, # (row, latent)
     units, # groups
@@ -437,13 +472,21 @@ def _replicates(
     m = min(units.n_groups, 2000)
     scale, draws = np.sqrt(m / units.n_groups), []
     for _ in range(n_bootstrap):
-        group = rng.integers(0, units.n_groups, m)
-        row = units.order[units.start[group] + (rng.random(m) * units.size[group]).astype(int)]
+        row = _one_each(units, rng.integers(0, units.n_groups, m), rng)
         s = node_statistics(mean[row], None if sigma is None else sigma[row], np.ones(m))
         draws.append({name: point[name] + scale * (v - point[name]) for name, v in s.items()})
     return {name: np.array([d[name] for d in draws]) for name in point}
 
-# %% ../nbs/31_dims.ipynb #44b29021
+# %% ../nbs/31_dims.ipynb #c16a7ddb
+def _verdicts(
+    replicates:dict, fixed:dict, # name -> (replicate, latent); name -> (latent,)
+    rank:float, cut:float, # effective rank; of the MAD
+)->np.ndarray: # (replicate, latent) bool
+    "What the consensus says of every node in every replicate."
+    each = [{name: v[r] for name, v in replicates.items()} | fixed for r in range(len(next(iter(replicates.values()))))]
+    return np.array([consensus(node_votes(s, rank, cut), s) for s in each])
+
+# %% ../nbs/31_dims.ipynb #027e337b
 def _report(
     nodes:np.ndarray, # (latent,) names
     statistics:dict, # name -> (latent,)
@@ -455,8 +498,7 @@ def _report(
     votes = node_votes(statistics, rank, cut)
     yes, tail, out = consensus(votes, statistics), (1 - level) / 2, dict(statistics)
     n = len(next(iter(replicates.values())))
-    each = [{name: v[r] for name, v in replicates.items()} | fixed for r in range(n)]
-    again = np.array([consensus(node_votes(s, rank, cut), s) for s in each]) if n else yes[None]
+    again = _verdicts(replicates, fixed, rank, cut) if n else yes[None]
     for name, v in replicates.items() if n else ():
         out[f"{name}_low"], out[f"{name}_high"] = np.quantile(v, [tail, 1 - tail], axis=0)
     out.update(active=statistics["active_units"] > 0.01, mad_paper=statistics["mad"] > 0.02, mad_calibrated=statistics["mad"] > cut)
