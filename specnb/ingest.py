@@ -99,12 +99,9 @@ def _suits(a, b):
     "Whether two extents have medium and frame in common, and at least half the range of the first."
     return a[:2] == b[:2] and min(a[3], b[3]) - max(a[2], b[2]) >= .5*(a[3] - a[2])
 
-# %% ../nbs/12_ingest.ipynb #2a34a62b
-def choose_grid(
-    spectra:list, # SpectrumParts, or Datasets of one spectrum each
-) -> Grid: # the grid that suits the most of them
-    "Common grid of some spectra, in the medium and the frame of the most."
-    extents = [_extent(ds) for ds in spectra]
+# %% ../nbs/12_ingest.ipynb #552bbf21
+def _common_grid(extents):
+    "Grid that suits the most of some extents."
     first = max(extents, key=lambda a: sum(_suits(a, b) for b in extents))
     medium, frame, *_, logarithmic = first
     shared = [e for e in extents if _suits(first, e)]
@@ -113,7 +110,14 @@ def choose_grid(
     else:
         step = float(f"{step:.6g}")
         wave = linear_grid(round(np.ceil(lo/step - 1e-6)*step, 9), hi, step)
-    return Grid(wave, medium, frame, f"common range of {len(shared)} of the first {len(spectra)} good files")
+    return Grid(wave, medium, frame, f"common range of {len(shared)} of the first {len(extents)} good files")
+
+# %% ../nbs/12_ingest.ipynb #4040f19d
+def choose_grid(
+    spectra:list, # SpectrumParts, or Datasets of one spectrum each
+) -> Grid: # the grid that suits the most of them
+    "Common grid of some spectra, in the medium and the frame of the most."
+    return _common_grid([_extent(ds) for ds in spectra])
 
 # %% ../nbs/12_ingest.ipynb #d834875b
 def match_medium(
@@ -733,7 +737,7 @@ def open_manifest(
     check_store(store, manifest)
     return manifest
 
-# %% ../nbs/12_ingest.ipynb #c0d061cc
+# %% ../nbs/12_ingest.ipynb #e13a3d8c
 def probe_grid(
     files:Iterable, # of Path, in the order of ingest
     n_good:int=16, # how many good files to look at
@@ -742,10 +746,10 @@ def probe_grid(
     "Choose a grid from the first good files."
     good = []
     for path in files:
-        try: good.append(read_parts(path, **read_options)[0])
+        try: good.append(_extent(read_parts(path, **read_options)[0]))
         except (SpectrumError, OSError): continue
         if len(good) == n_good: break
-    return choose_grid(good) if good else None
+    return _common_grid(good) if good else None
 
 # %% ../nbs/12_ingest.ipynb #af6e4eb9
 def create_manifest(
