@@ -15,7 +15,7 @@ from scipy.stats import f as fisher_f
 from .depend import latent_table
 from .dims import intraclass_correlation
 
-# %% ../nbs/34_search.ipynb #60ba238c
+# %% ../nbs/34_search.ipynb #5a05da72
 def _sigma_of(
     latents, # latents Dataset or any table (spectrum, latent)
 )->np.ndarray|None: # (spectrum, latent), None where there is none
@@ -23,7 +23,7 @@ def _sigma_of(
     sigma = latents["sigma"].transpose("spectrum", "latent").values
     return sigma if np.any(sigma > 0) else None
 
-
+# %% ../nbs/34_search.ipynb #4366b7cd
 def distance_scale(
     latents, # latents Dataset, or any table (spectrum, latent)
     scale="data", # "data", "posterior", None, a unit for each node (latent,), or True: posterior where there is one
@@ -40,7 +40,7 @@ def distance_scale(
     total = np.sqrt(np.nanvar(z, axis=0, dtype=float) + (0 if sigma is None else np.nanmean(sigma**2, axis=0, dtype=float)))
     return "data", np.where(total > 0, total, np.inf)
 
-# %% ../nbs/34_search.ipynb #8130e8da
+# %% ../nbs/34_search.ipynb #ed15c548
 def _names(
     z:xr.DataArray, # (spectrum, latent)
     coordinate:str, # such as "object"
@@ -49,7 +49,7 @@ def _names(
     values = z[coordinate].values
     return values if values.dtype.kind == "U" else values.astype(str)
 
-
+# %% ../nbs/34_search.ipynb #c084b4af
 def _query_code(
     z:xr.DataArray, # (spectrum, latent)
     query, # position, spectrum_id, object name or (latent,) code
@@ -67,7 +67,7 @@ def _query_code(
     if code.shape != z.shape[1:]: raise ValueError(f"a code has {z.shape[1]} nodes, the query has shape {code.shape}")
     return code, np.array([], int)
 
-# %% ../nbs/34_search.ipynb #cc6cf01d
+# %% ../nbs/34_search.ipynb #b9c85744
 def _distances(
     z:np.ndarray, # (spectrum, latent)
     code:np.ndarray, # (latent,)
@@ -84,7 +84,7 @@ def _distances(
         else: out[rows] = np.einsum("ij,ij->i", off * unit, off * unit)
     return np.sqrt(out)
 
-
+# %% ../nbs/34_search.ipynb #0538a863
 def _nearest(
     distance:np.ndarray, allowed:np.ndarray, # (spectrum,) distance; whether it may be named
     k:int, # how many
@@ -93,7 +93,25 @@ def _nearest(
     near = rows[np.argpartition(distance[rows], min(k, len(rows)) - 1)[:k]] if len(rows) else rows
     return near[np.argsort(distance[near], kind="stable")]
 
-# %% ../nbs/34_search.ipynb #4dd6f5df
+# %% ../nbs/34_search.ipynb #e3fb7921
+def _node_places(
+    z:xr.DataArray, # (spectrum, latent)
+    nodes, # names of nodes
+)->np.ndarray: # their positions; `ValueError` names those that are not there
+    places = pd.Index(z["latent"].values).get_indexer(list(nodes))
+    if (places < 0).any(): raise ValueError(f"unknown nodes {[n for n, i in zip(nodes, places) if i < 0]}")
+    return places
+
+# %% ../nbs/34_search.ipynb #acd8f839
+def _same_star(
+    z:xr.DataArray, # (spectrum, latent)
+    own:np.ndarray, # rows that the query is made of
+)->np.ndarray: # (spectrum,) whether it is of the same object as the query
+    objects = _names(z, "object")
+    if objects is None or not len(own) or not objects[own[0]]: return np.zeros(len(z), bool)
+    return objects == objects[own[0]]
+
+# %% ../nbs/34_search.ipynb #5d37303e
 def neighbours(
     latents, # latents Dataset, DataArray, DataFrame or array, (spectrum, latent)
     query, # position, spectrum_id, object name, or a code (latent,)
@@ -106,15 +124,12 @@ def neighbours(
     "The k nearest spectra, nearest first; `ValueError` for an unknown query or nodes."
     z = latent_table(latents)
     (kind, sigma), (code, own) = distance_scale(latents, scale), _query_code(z, query)
-    keep = np.arange(z.sizes["latent"]) if nodes is None else pd.Index(z["latent"].values).get_indexer(list(nodes))
-    if (keep < 0).any(): raise ValueError(f"unknown nodes {[n for n, i in zip(nodes, keep) if i < 0]}")
+    part = slice(None) if nodes is None else _node_places(z, nodes)
     if k < 1: raise ValueError(f"k = {k}: ask for one neighbour or more")
-    part = slice(None) if nodes is None else keep
     code_sigma = np.median(sigma[own] if len(own) else sigma, axis=0)[part] / np.sqrt(max(len(own), 1)) if kind == "posterior" else 0.0
     distance = _distances(z.values[:, part], code[part], sigma[..., part], code_sigma)
-    objects, allowed = _names(z, "object"), np.ones(len(distance), bool)
-    same = np.zeros(len(distance), bool) if objects is None or not len(own) or not objects[own[0]] else objects == objects[own[0]]
-    if exclude_same_object: allowed = ~same
+    same = _same_star(z, own)
+    allowed = ~same if exclude_same_object else np.ones(len(distance), bool)
     if len(own) == 1: allowed[own] = False
     return _neighbour_table(z, _nearest(distance, allowed, k), distance, same, kind)
 
@@ -181,7 +196,7 @@ def neighbour_graph(
     out = {"position": (("spectrum", "rank"), position), "distance": (("spectrum", "rank"), distance)}
     return xr.Dataset(out, {"rank": np.arange(1, k + 1)}, dict(scale=kind, approximate=int(approximate), recall=float(recall)))
 
-# %% ../nbs/34_search.ipynb #7cea9f43
+# %% ../nbs/34_search.ipynb #55202016
 def _without_self(
     distance:np.ndarray, place:np.ndarray, # (point, k + 1)
 )->tuple: # the same without the point itself, (point, k)
@@ -191,6 +206,7 @@ def _without_self(
     keep = ~own
     return distance[keep].reshape(len(place), -1), place[keep].reshape(len(place), -1)
 
+# %% ../nbs/34_search.ipynb #b36cd4ad
 def _recall(
     points:np.ndarray, place:np.ndarray, # (point, dimension) scaled; (point, k) found
     rng:np.random.Generator, n_checked:int=200, # which are checked, and how many
@@ -200,26 +216,44 @@ def _recall(
     hits = [len(np.intersect1d(place[i], _nearest(_distances(points, points[i], np.ones(points.shape[1])), np.arange(len(points)) != i, place.shape[1]))) for i in some]
     return float(np.mean(hits) / place.shape[1])
 
-# %% ../nbs/34_search.ipynb #58f3de28
+# %% ../nbs/34_search.ipynb #2b8584e2
+def _group_names(
+    z:xr.DataArray, # (spectrum, latent)
+    groups, # coordinate name or (spectrum,) array
+)->pd.Series: # (spectrum,) names as they are; `ValueError` for an unknown coordinate or another length
+    if isinstance(groups, str):
+        if groups not in z.coords: raise ValueError(f"no coordinate {groups!r} to group by: pass an array or join it first")
+        groups = z[groups].values
+    names = pd.Series(np.asarray(groups)).astype(object)
+    if len(names) != z.sizes["spectrum"]: raise ValueError(f"groups hold {len(names)} entries for {z.sizes['spectrum']} spectra")
+    return names
+
+# %% ../nbs/34_search.ipynb #64ae660b
 def star_means(
     latents, # latents Dataset or any table (spectrum, latent)
     groups="object", # coordinate name or (spectrum,) array
 )->xr.Dataset: # (group, latent) mean, scatter [latent unit]; (group) n
     "Mean code of each star and the scatter of its exposures (NaN for a single one); unnamed spectra are left out."
     z = latent_table(latents)
-    if isinstance(groups, str):
-        if groups not in z.coords: raise ValueError(f"no coordinate {groups!r} to group by: pass an array or join it first")
-        groups = z[groups].values
-    names = pd.Series(np.asarray(groups)).astype(object)
-    if len(names) != z.sizes["spectrum"]: raise ValueError(f"groups hold {len(names)} entries for {z.sizes['spectrum']} spectra")
-    frame = pd.DataFrame(z.values.astype(float))
+    names, frame = _group_names(z, groups), pd.DataFrame(z.values.astype(float))
     keep = (names.notna() & (names != "") & frame.notna().all(axis=1)).to_numpy()
     by = frame[keep].groupby(names[keep].to_numpy())
     mean, scatter, n = by.mean(), by.std(ddof=1), by.size()
     return xr.Dataset(dict(mean=(("group", "latent"), mean.to_numpy()), scatter=(("group", "latent"), scatter.to_numpy()), n=("group", n.to_numpy())),
                       coords={"group": np.asarray(mean.index), "latent": z["latent"].values})
 
-# %% ../nbs/34_search.ipynb #3ae1cc79
+# %% ../nbs/34_search.ipynb #27c300fe
+def _mean_squares(
+    means:xr.Dataset, # of `star_means`
+    centre:np.ndarray, # (latent,) mean over all spectra
+)->tuple: # MS_W and MS_B, each (latent,), and n0
+    n, n_groups = means["n"].values, means.sizes["group"]
+    total = int(n.sum())
+    within = np.nansum(means.scatter.values**2 * (n - 1)[:, None], axis=0) / (total - n_groups)
+    between = (n @ (means["mean"].values - centre)**2) / (n_groups - 1)
+    return within, between, (total - (n**2).sum() / total) / (n_groups - 1)
+
+# %% ../nbs/34_search.ipynb #f9a650a8
 def repeatability(
     latents, # latents Dataset or any table (spectrum, latent)
     groups="object", # coordinate name or (spectrum,) array: star, or night
@@ -228,13 +262,11 @@ def repeatability(
     "Does each node repeat within a star? ICC(1) [Shrout & Fleiss 1979]; `ValueError` where no group repeats."
     z, sigma = latent_table(latents), _sigma_of(latents)
     means = star_means(z, groups)
-    n, names = means["n"].values, np.asarray(z[groups] if isinstance(groups, str) else groups)
-    total, n_groups = int(n.sum()), len(n)
+    names, total, n_groups = np.asarray(z[groups] if isinstance(groups, str) else groups), int(means["n"].sum()), means.sizes["group"]
     if not 2 <= n_groups < total: raise ValueError(f"{n_groups} groups among {total} spectra: repeatability needs two groups and one that repeats")
     out = intraclass_correlation(z[keep := np.isin(names, means["group"].values) & np.isfinite(z.values).all(1)], names[keep], level)
-    within = np.nansum(means.scatter.values**2 * (n - 1)[:, None], axis=0) / (total - n_groups)
-    between = (n @ (means["mean"].values - z.values[keep].mean(0))**2) / (n_groups - 1)
-    n0, ratio = (total - (n**2).sum() / total) / (n_groups - 1), between / np.where(within > 0, within, np.nan)
+    within, between, n0 = _mean_squares(means, z.values[keep].mean(0))
+    ratio = between / np.where(within > 0, within, np.nan)
     out["within"], out["between"] = ("latent", np.sqrt(within)), ("latent", np.sqrt(np.maximum(between - within, 0) / n0))
     if sigma is not None: out["sigma_ratio"] = ("latent", np.sqrt(within / np.mean(sigma[keep]**2, axis=0)))
     out["p"] = ("latent", fisher_f.sf(ratio, n_groups - 1, total - n_groups))
@@ -278,7 +310,7 @@ def conformal_p(
     out[good] = (1 + above - own) / (1 + part.group.nunique() - 1)
     return np.clip(out, 0, 1)
 
-# %% ../nbs/34_search.ipynb #6fed1180
+# %% ../nbs/34_search.ipynb #48b07710
 def _kinds(
     novel:np.ndarray, # (spectrum,) bool
     others_p:np.ndarray, # (spectrum,) median p of the star's other exposures by the same sign, NaN if there are none
@@ -290,7 +322,7 @@ def _kinds(
     known = np.where(others_p <= repeat_level, "unusual star", "artefact")
     return np.where(~novel, "ordinary", np.where(alone, single, known))
 
-
+# %% ../nbs/34_search.ipynb #ea2304b0
 def _median_of_others(
     values:np.ndarray, # (spectrum,)
     groups:np.ndarray, # (spectrum,)
@@ -303,7 +335,15 @@ def _median_of_others(
             if np.isfinite(rest).any(): out[row] = np.nanmedian(rest)
     return out
 
-# %% ../nbs/34_search.ipynb #de764640
+# %% ../nbs/34_search.ipynb #0e07557e
+def _witness(
+    table:pd.DataFrame, # p_latent, p_chi2 of each spectrum
+    groups:np.ndarray, # (spectrum,) name of the star of each
+)->np.ndarray: # (spectrum,) median p of the star's other exposures, by the stronger sign of this one
+    others = [_median_of_others(table[name].to_numpy(), groups) for name in ("p_latent", "p_chi2")]
+    return np.where(table.p_latent.fillna(1) <= table.p_chi2.fillna(1), *others)
+
+# %% ../nbs/34_search.ipynb #40aa52d0
 def novelty(
     latents, # latents Dataset (`mean`, `chi2`), or any table (spectrum, latent)
     groups="object", # coordinate name or (spectrum,) array; spectra without a name stand alone
@@ -321,24 +361,19 @@ def novelty(
     score = isolation(latents, groups, k, nodes)
     table = pd.DataFrame(dict(isolation=score, chi2=chi2, p_latent=conformal_p(score, groups), p_chi2=conformal_p(chi2, groups)))
     table["p"] = (tests * table[["p_latent", "p_chi2"]].min(axis=1)).clip(upper=1)
-    others = [_median_of_others(table[name].to_numpy(), groups) for name in ("p_latent", "p_chi2")]
-    table["others_p"] = np.where(table.p_latent.fillna(1) <= table.p_chi2.fillna(1), *others)
+    table["others_p"] = _witness(table, groups)
     table["novel"] = table.p <= false_alarm
     table["kind"] = _kinds(table.novel.to_numpy(), *table[["others_p", "p_chi2", "p_latent"]].to_numpy().T, repeat_level)
     for i, name in enumerate(c for c in ("spectrum_id", "object") if c in z.coords): table.insert(i, name, z[name].values.astype(str))
     table.attrs = dict(false_alarm=false_alarm, expected_false_alarms=false_alarm * len(table), n_stars=n_stars)
     return table
 
-# %% ../nbs/34_search.ipynb #a5a8bfec
+# %% ../nbs/34_search.ipynb #077493f1
 def _named_groups(
     z:xr.DataArray, # (spectrum, latent)
     groups, # coordinate name or (spectrum,) array
 )->np.ndarray: # (spectrum,) str; unnamed spectra get a name of their own
-    if isinstance(groups, str):
-        if groups not in z.coords: raise ValueError(f"no coordinate {groups!r} to group by: pass an array or join it first")
-        groups = z[groups].values
-    names = pd.Series(np.asarray(groups)).astype(object)
-    if len(names) != z.sizes["spectrum"]: raise ValueError(f"groups hold {len(names)} entries for {z.sizes['spectrum']} spectra")
+    names = _group_names(z, groups)
     missing = names.isna() | (names == "")
     names[missing] = [f"\0{i}" for i in np.flatnonzero(missing)]
     return names.astype(str).to_numpy()
