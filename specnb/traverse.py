@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 from .depend import benjamini_hochberg, latent_table
 from .wave import SPEED_OF_LIGHT, doppler_factor, velocity_step
 
-# %% ../nbs/33_traverse.ipynb #30c3db05
+# %% ../nbs/33_traverse.ipynb #1875233a
 def _one_code(
     z, # (latent,) array or DataArray, or a latents Dataset of one spectrum
 )->xr.DataArray: # (latent,) float64 with node names
@@ -29,7 +29,7 @@ def _one_code(
     if not np.isfinite(z).all(): raise ValueError("the code holds NaN: pick a spectrum that was encoded")
     return z.astype(float) if "latent" in z.coords else z.astype(float).assign_coords(latent=np.arange(z.size))
 
-
+# %% ../nbs/33_traverse.ipynb #8fbb0278
 def _node_place(
     z:xr.DataArray, # (latent,) or (spectrum, latent)
     node, # its name in the coordinate `latent`
@@ -109,7 +109,16 @@ def traversal(
     out = traverse(decode, z[_spectrum_place(z, spectrum)], node, values, wavelength)
     return out.assign_coords(quantile=("value", levels)).assign_attrs(spectrum=str(spectrum))
 
-# %% ../nbs/33_traverse.ipynb #07560210
+# %% ../nbs/33_traverse.ipynb #07c9a03f
+def _fourth_order(
+    flux:xr.DataArray, # (4, wavelength) at -2, -1, 1 and 2 steps
+    step:float, # [latent unit]
+)->tuple: # derivative (wavelength,), size of the correction relative to the largest response
+    near, far = (flux[2] - flux[1]) / (2 * step), (flux[3] - flux[0]) / (4 * step)
+    size = float(np.abs(near).max())
+    return (4 * near - far) / 3, float(np.abs(far - near).max()) / 3 / size if size > 0 else 0.0
+
+# %% ../nbs/33_traverse.ipynb #ff8ec6f6
 def response(
     decode, # callable (n, latent) -> (n, wavelength)
     z, # (latent,) code of a real spectrum; also a one-spectrum latents Dataset
@@ -126,13 +135,22 @@ def response(
     z = _one_code(z)
     start = float(z[_node_place(z, node)])
     flux = traverse(decode, z, node, start + step * np.array([-2, -1, 1, 2]), wavelength)
-    near, far = (flux[2] - flux[1]) / (2 * step), (flux[3] - flux[0]) / (4 * step)
-    size = float(np.abs(near).max())
-    error = float(np.abs(far - near).max()) / 3 / size if size > 0 else 0.0
-    out = ((4 * near - far) / 3 * scale).drop_vars("value", errors="ignore").rename("response")
+    derivative, error = _fourth_order(flux, step)
+    out = (derivative * scale).drop_vars("value", errors="ignore").rename("response")
     return out.assign_attrs(long_name="response", units=f"flux per {per}", node=node, step=step, scale=scale, start=start, error=error)
 
-# %% ../nbs/33_traverse.ipynb #a1d9545d
+# %% ../nbs/33_traverse.ipynb #8750f559
+def _unit_of(
+    latents, # latents Dataset, DataArray, DataFrame or array, (spectrum, latent)
+    per:str, # "data", "posterior" or "unit"
+)->tuple: # size of the unit (latent,) [latent unit], its name
+    scales = node_scales(latents)
+    if per not in ("data", "posterior", "unit"): raise ValueError(f"per={per!r}: use 'data', 'posterior' or 'unit'")
+    size = xr.ones_like(scales.data_sigma) if per == "unit" else scales[f"{per}_sigma"]
+    if per == "posterior" and size.isnull().all(): raise ValueError("these latents carry no sigma: use per='data'")
+    return size, "latent unit" if per == "unit" else f"{per} sigma"
+
+# %% ../nbs/33_traverse.ipynb #ba5dda5b
 def responses(
     decode, # callable (n, latent) -> (n, wavelength)
     latents, # latents Dataset, DataArray, DataFrame or array, (spectrum, latent)
@@ -142,11 +160,7 @@ def responses(
     wavelength=None, # (wavelength,) [Angstrom]
 )->xr.DataArray: # (latent, wavelength) change of the flux; a constant node has zeros
     "Responses of many nodes at one real spectrum in comparable units; `ValueError` if the unit is not known."
-    z, scales = latent_table(latents), node_scales(latents)
-    if per not in ("data", "posterior", "unit"): raise ValueError(f"per={per!r}: use 'data', 'posterior' or 'unit'")
-    size = xr.ones_like(scales.data_sigma) if per == "unit" else scales[f"{per}_sigma"]
-    if per == "posterior" and size.isnull().all(): raise ValueError("these latents carry no sigma: use per='data'")
-    unit = "latent unit" if per == "unit" else f"{per} sigma"
+    z, (size, unit) = latent_table(latents), _unit_of(latents, per)
     code, rows = z[_spectrum_place(z, spectrum)], []
     for node in z["latent"].values if nodes is None else nodes:
         scale = float(size[_node_place(z, node)])
@@ -155,7 +169,7 @@ def responses(
     out = xr.concat(rows, pd.Index(z["latent"].values if nodes is None else list(nodes), name="latent"), combine_attrs="drop_conflicts")
     return out.assign_attrs(long_name="response", units=f"flux per {unit}")
 
-# %% ../nbs/33_traverse.ipynb #59b718be
+# %% ../nbs/33_traverse.ipynb #cc9d25ef
 def doppler_template(
     wavelength, # (wavelength,) increasing [Angstrom]
     flux, # (wavelength,) or (spectrum, wavelength)
@@ -164,7 +178,7 @@ def doppler_template(
     log_wavelength = np.log(np.asarray(wavelength, float))
     return -CubicSpline(log_wavelength, np.asarray(flux, float), axis=-1)(log_wavelength, 1) / SPEED_OF_LIGHT
 
-
+# %% ../nbs/33_traverse.ipynb #44c9404e
 def shift_spectrum(
     wavelength, # (wavelength,) increasing [Angstrom]
     flux, # (wavelength,)
@@ -198,7 +212,17 @@ def _grid_of(
     if good.shape != grid.shape: raise ValueError(f"good has {good.size} pixels, the spectrum {grid.size}")
     return grid, good
 
-# %% ../nbs/33_traverse.ipynb #482db395
+# %% ../nbs/33_traverse.ipynb #ce413a4b
+def _doppler_at(
+    decode, code:xr.DataArray, # callable; (latent,) code of one spectrum
+    nodes, wavelength, step:float, good, # as in `doppler_score`
+)->np.ndarray: # (2, node) correlation, and velocity per unit [km/s]
+    flux = _decoded(decode, code.values[None].astype(float), wavelength)
+    grid, usable = _grid_of(flux, good)
+    changes = [response(decode, code, node, step, wavelength=wavelength).values for node in nodes]
+    return np.array([_slope(grid, flux.values[0], change, usable) for change in changes]).reshape(-1, 2).T
+
+# %% ../nbs/33_traverse.ipynb #003ffa77
 def doppler_score(
     decode, # callable (n, latent) -> (n, wavelength)
     z, # (latent,) or (spectrum, latent) codes of real spectra; also a latents Dataset
@@ -212,13 +236,7 @@ def doppler_score(
     z = z["mean"] if isinstance(z, xr.Dataset) else z
     table = latent_table(_one_code(z).expand_dims("spectrum") if np.ndim(z) == 1 else z)
     nodes = table["latent"].values if nodes is None else np.asarray(nodes)
-    results = np.full((2, table.sizes["spectrum"], len(nodes)), np.nan)
-    for i, code in enumerate(table):
-        flux = _decoded(decode, code.values[None].astype(float), wavelength)
-        grid, usable = _grid_of(flux, good)
-        for j, node in enumerate(nodes):
-            change = response(decode, code, node, step, wavelength=wavelength).values
-            results[:, i, j] = _slope(grid, flux.values[0], change, usable)
+    results = np.stack([_doppler_at(decode, code, nodes, wavelength, step, good) for code in table], 1)
     parts = zip(("correlation", "velocity_per_unit"), results, ("", "km/s per latent unit"))
     out = {name + suffix: ("latent", np.quantile(values, q, axis=0), {"units": unit})
            for name, values, unit in parts for suffix, q in (("", 0.5), ("_low", 0.05), ("_high", 0.95))}
@@ -264,7 +282,7 @@ def shift_test(
     return xr.Dataset(dict(velocity=("offset", found[:, 0], {"units": "km/s"}), explained=("offset", found[:, 1])), coords={"offset": offsets}).assign_attrs(
         node=node, velocity_per_unit=float(slope), nonlinearity=float(np.sqrt(np.mean((found[:, 0] - slope * offsets)**2))))
 
-# %% ../nbs/33_traverse.ipynb #369a86ca
+# %% ../nbs/33_traverse.ipynb #85a715c9
 def _window_amplitude(
     wavelength:np.ndarray, change:np.ndarray, # (wavelength,) [Angstrom]; response
     width:float, trend:float, # half widths of the window and of the running level [km/s]
@@ -278,7 +296,7 @@ def _window_amplitude(
     amplitude = 0.5 * np.log(np.maximum(power, 1e-6 * power.mean()))
     return grid, amplitude - uniform_filter1d(amplitude, min(window(trend), 2 * (len(grid) // 2) - 1), mode="reflect")
 
-
+# %% ../nbs/33_traverse.ipynb #220f0d19
 def _line_statistics(
     grid:np.ndarray, amplitude:np.ndarray, # (pixel,) ln wavelength and ln amplitude
     lines:np.ndarray, # (line,) ln wavelength, inside the grid
@@ -302,7 +320,16 @@ def _checked_lines(
     if not len(inside): raise ValueError(f"no line of the list lies within {grid[0]:.1f}-{grid[-1]:.1f} Angstrom")
     return inside
 
-# %% ../nbs/33_traverse.ipynb #98af938c
+# %% ../nbs/33_traverse.ipynb #58a08ced
+def _random_offsets(
+    width:float, max_offset:float, # half width of the window; largest shift [km/s]
+    n:int, seed:int, # how many
+)->np.ndarray: # (draw,) shifts in ln wavelength; `ValueError` where there is no room for them
+    if max_offset < 6 * width: raise ValueError(f"max_offset {max_offset} km/s leaves no room beside windows of {width:.1f} km/s: raise it")
+    rng = np.random.default_rng([33, seed])
+    return rng.uniform(3 * width, max_offset, n) * rng.choice([-1, 1], n) / SPEED_OF_LIGHT
+
+# %% ../nbs/33_traverse.ipynb #970be1bd
 def identify_lines(
     response:xr.DataArray, # (wavelength,) of `response`, wavelength in Angstrom
     lines:pd.DataFrame, # line list: `wavelength` [Angstrom] at rest, and the column `by`
@@ -316,9 +343,7 @@ def identify_lines(
     "Which species' lines a response prefers, against the same lists moved by random velocities."
     lines, grid = _checked_lines(lines, by, response), response["wavelength"].values
     width = max(2 * velocity_step(grid), 3.0) if width is None else width
-    if max_offset < 6 * width: raise ValueError(f"max_offset {max_offset} km/s leaves no room beside windows of {width:.1f} km/s: raise it")
-    rng = np.random.default_rng([33, seed])
-    draws = rng.uniform(3 * width, max_offset, n_permutations) * rng.choice([-1, 1], n_permutations) / SPEED_OF_LIGHT
+    draws = _random_offsets(width, max_offset, n_permutations, seed)
     pixels, amplitude = _window_amplitude(grid, response.values, width, max_offset / 3)
     centre, statistics, rows = np.log(doppler_factor(velocity)), [], {}
     for name, part in lines.groupby(by):
