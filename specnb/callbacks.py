@@ -93,7 +93,7 @@ def value(self:TermMetric): return self.total/self.count if self.count else None
 @patch(as_prop=True)
 def name(self:TermMetric): return self._name
 
-# %% ../nbs/23_callbacks.ipynb #6ae7c187
+# %% ../nbs/23_callbacks.ipynb #82a6cda3
 class DisentangleCallback(Callback):
     "Adds the terms of an objective to the loss, on a schedule, and logs every one of them."
     order = 40
@@ -103,7 +103,7 @@ class DisentangleCallback(Callback):
         active_kl:float=0.5, # a node counts as active above this divergence [nat]
     ):
         self.objective = check_objective(Objective() if objective is None else objective)
-        self.active_kl, self.values, self.node_kl, self.node_log, self._trained = active_kl, {}, [], [], False
+        self.active_kl, self.values, self.node_log, self._trained = active_kl, {}, [], False
 
 # %% ../nbs/23_callbacks.ipynb #1ed8d916
 @patch
@@ -159,30 +159,35 @@ def _note_nodes(self:DisentangleCallback, mean, logvar):
     self._means.append(mean.detach().cpu())
     self.values["n_active"] = float((self._node_sum/self._node_count > self.active_kl).sum())
 
-# %% ../nbs/23_callbacks.ipynb #3a311b0f
+# %% ../nbs/23_callbacks.ipynb #a96f8411
 @patch
 def after_validate(self:DisentangleCallback):
     "Keep divergence and activity of each node, and let the table show the count over the whole set."
     if not self._node_count: return
     kl, activity = (self._node_sum/self._node_count).cpu().numpy(), torch.cat(self._means).double().var(0, correction=0).numpy()
-    self.node_kl.append(kl)
     if self._trained: self.node_log.append((max(self.epoch, self.node_log[-1][0] + 1 if self.node_log else 0), kl, activity))
     self._trained, self._means = False, []
     for metric in self.learn.metrics:
         if isinstance(metric, TermMetric) and metric.callback is self and metric.name == "n_active":
             metric.total, metric.count = float((kl > self.active_kl).sum()), 1
 
-# %% ../nbs/23_callbacks.ipynb #c6ec95df
+# %% ../nbs/23_callbacks.ipynb #63065987
+@patch(as_prop=True)
+def node_kl(self:DisentangleCallback)->list: # of (latent,) divergence of each node [nat], one an epoch
+    "Divergence of every node in each epoch of training."
+    return [kl for _, kl, _ in self.node_log]
+
+# %% ../nbs/23_callbacks.ipynb #25e3bca8
 @patch
 def plot_nodes(self:DisentangleCallback,
     ax:plt.Axes|None=None, # where to draw
 )->plt.Axes: # the axes
     "Divergence of every node, epoch by epoch."
     if ax is None: _, ax = plt.subplots(figsize=(5, 2.4), dpi=70)
-    kl = np.array(self.node_kl).reshape(len(self.node_kl), -1) # (epoch, latent)
-    for node, values in enumerate(kl.T):
+    epochs = [epoch + 1 for epoch, *_ in self.node_log]
+    for node, values in enumerate(zip(*self.node_kl)):
         alive = values[-1] > self.active_kl
-        ax.plot(np.arange(1, len(kl) + 1), values, marker=".", lw=1.5 if alive else 0.7, color=None if alive else "0.7", label=f"node {node}" if alive else None)
+        ax.plot(epochs, values, marker=".", lw=1.5 if alive else 0.7, color=None if alive else "0.7", label=f"node {node}" if alive else None)
     ax.axhline(self.active_kl, color="0.3", lw=0.7, ls=":")
     ax.set(xlabel="epoch", ylabel="KL [nat]")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
