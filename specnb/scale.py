@@ -6,8 +6,8 @@
 __all__ = ['CARDS', 'tune_allocator', 'join_processes', 'step_costs', 'memory_at_hand', 'reading_rate', 'plan', 'plan_text',
            'network_work', 'paper_budget']
 
-# %% ../nbs/26_scale.ipynb #1913fb41
-import ctypes, json, os, platform, subprocess, sys, time
+# %% ../nbs/26_scale.ipynb #ed3e8173
+import ctypes, json, math, os, platform, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -155,14 +155,14 @@ def plan(
     costs = step_costs(config, precision=precision, checkpoint_rows=checkpoint_rows, device=device)
     return _plan_table(config, costs, n_train, bs, n_epoch, n_processes, reading_rate(dls), memory_at_hand(device), ds.flux.dtype.itemsize)
 
-# %% ../nbs/26_scale.ipynb #7ceed48a
+# %% ../nbs/26_scale.ipynb #6a0bcb2b
 def _plan_table(config, costs, n_train, bs, n_epoch, n_processes, reading, memory, itemsize):
     "The rows of a plan."
     own = bs/n_processes # spectra of a batch in each process
     computing = bs/(costs["seconds_fixed"] + own*costs["seconds"])
     rate, row_bytes = min(computing, reading), 2*config.n_pixels*itemsize
-    largest = n_processes*int(max((0.9*memory - costs["gib_fixed"])/max(costs["gib"], 1e-6), 0)) if memory == memory else 0
-    rows = [("training spectra", n_train, "", "the store"), ("pixels", config.n_pixels, "", "the store"),
+    largest = float("nan") if math.isnan(memory) else n_processes*int(max((0.9*memory - costs["gib_fixed"])/max(costs["gib"], 1e-6), 0))
+    rows = [("batch", bs, "spectra", "asked for"), ("training spectra", n_train, "", "the store"), ("pixels", config.n_pixels, "", "the store"),
             ("parameters", n_parameters(build_network(config)), "", "the network"),
             ("memory without spectra", costs["gib_fixed"], "GiB", "measured"), ("memory a spectrum", 1024*costs["gib"], "MiB", "measured"),
             (f"memory at batch {bs}", costs["gib_fixed"] + own*costs["gib"], "GiB", "computed"), ("memory at hand", memory, "GiB", "the system"), ("largest batch", largest, "spectra", "computed"),
@@ -170,21 +170,21 @@ def _plan_table(config, costs, n_train, bs, n_epoch, n_processes, reading, memor
             ("waiting", max(1 - reading/computing, 0.), "share", "computed"), ("an epoch", n_train/rate, "s", "computed"), (f"{n_epoch} epochs", n_epoch*n_train/rate, "s", "computed")]
     return pd.DataFrame(rows, columns=["quantity", "value", "unit", "from"])
 
-# %% ../nbs/26_scale.ipynb #2b8de0ca
+# %% ../nbs/26_scale.ipynb #bb4e03ce
 def _say(value, unit):
     "A number with its unit, in words where it is a time."
+    if math.isnan(value): return "unknown"
     if unit == "s": return duration(value)
     return f"{value:,.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.3g} {unit}"
 
-# %% ../nbs/26_scale.ipynb #1399e7ca
+# %% ../nbs/26_scale.ipynb #56e6dad0
 def plan_text(
     table:pd.DataFrame, # of `plan`
 )->str: # text
     "A plan in lines, and what to change where memory or reading falls short."
     value = dict(zip(table.quantity, table.value))
     lines = [f"{r.quantity:<24}{_say(r.value, r.unit):>22}   {r._4}" for r in table.itertuples()]
-    batch = int(next(name for name in value if name.startswith("memory at batch")).split()[-1])
-    if value["largest batch"] < batch: lines.append(f"A batch of {batch} does not fit: use --bs {max(value['largest batch'], 1)}, or checkpoint_rows=2 to hold fewer activations")
+    if value["largest batch"] < value["batch"]: lines.append(f"A batch of {value['batch']:.0f} does not fit: use --bs {max(value['largest batch'], 1):.0f}, or checkpoint_rows=2 to hold fewer activations")
     if value["waiting"] > 0.05: lines.append("Reading is slower than computing: use more reading threads, a faster disk, or a store without compression")
     return "\n".join(lines)
 

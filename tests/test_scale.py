@@ -100,6 +100,13 @@ def test_plan_of_a_store(trained):
     with pytest.raises(ValueError, match="327,680 pixels"): plan(store, net="paper", device="cpu")
 
 
+def test_plan_where_the_system_tells_no_memory(trained, monkeypatch):
+    "As on systems without /proc: the rows are unknown, and no batch is called too large."
+    monkeypatch.setattr("specnb.scale.memory_at_hand", lambda device: float("nan"))
+    told = plan(trained[0], net="tiny", bs=8, n_epoch=2, device="cpu")
+    assert told.count("unknown") == 2 and "does not fit" not in told
+
+
 def test_arithmetic_of_the_published_network():
     work = network_work(net_config("paper"))
     assert work["flop"] == pytest.approx(4.14e9, rel=0.05) # counted by hand
