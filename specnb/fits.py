@@ -8,12 +8,12 @@ __all__ = ['CARDS', 'COORD_ATTRS', 'WAVE_NAMES', 'FLUX_NAMES', 'ERROR_NAMES', 'Q
            'BadWavelength', 'NoUsablePixels', 'IdentifierError', 'ReaderError', 'load_bytes', 'parse_fits', 'Unusual',
            'card_value', 'QuickHeader', 'keys_starting', 'QuickHDU', 'QuickHDUs', 'scan_fits', 'to_angstrom',
            'header_wavelength', 'first_card', 'medium_of', 'frame_of', 'pixel_ivar', 'to_number', 'header_coordinates',
-           'safe_scale', 'SpectrumParts', 'assemble_parts', 'assemble', 'spectrum_stem', 'table_columns', 'is_table',
+           'safe_scale', 'SpectrumParts', 'spectrum_stem', 'assemble_parts', 'assemble', 'table_columns', 'is_table',
            'spectrum_table', 'table_parts', 'read_table_spectrum', 'spectrum_image', 'image_unit', 'image_parts',
            'read_image_spectrum', 'named_rows_parts', 'Reader', 'readers', 'register_reader', 'registered_readers',
            'unregister_reader', 'identify', 'parts_of', 'coordinate_attrs', 'read_parts', 'read_spectrum']
 
-# %% ../nbs/10_fits.ipynb #6feb08eb
+# %% ../nbs/10_fits.ipynb #d70a06b0
 import gzip, importlib, io, os, re, warnings, zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +26,7 @@ import xarray as xr
 from astropy.io import fits
 from astropy.time import Time
 from astropy.utils.exceptions import AstropyWarning
+from fastcore.basics import patch
 from numba import njit
 
 from .spectra import COORDINATE_UNITS, FRAMES, MEDIA, estimate_ivar, make_spectra, validate
@@ -86,10 +87,10 @@ def parse_fits(
     if missing > 0: raise TruncatedFile(path, f"the data end {missing:,} bytes too early", "fetch it again")
     return hdus
 
-# %% ../nbs/10_fits.ipynb #7e3484ba
+# %% ../nbs/10_fits.ipynb #9b2d1ccb
 class Unusual(Exception): "Something in a FITS file that astropy should judge; never leaves this module's readers."
 
-_HEADS, _KEYS = re.compile(r"(?:[A-Z0-9_-]* *\n)*[A-Z0-9_-]* *"), re.compile(r"[A-Z0-9_ \n-]*")
+# %% ../nbs/10_fits.ipynb #28817086
 _TEXT_CARD = re.compile(r" *'((?:[^']|'')*)' *(?:/.*)?$")
 _WORD_CARD = re.compile(r" *(?:([TF])|([+-]?\d{1,18})|([+-]?\d+\.\d*(?:[ED][+-]?\d+)?|[+-]?\.\d+(?:[ED][+-]?\d+)?|[+-]?\d+[ED][+-]?\d+)) *(?:/.*)?$")
 
@@ -102,7 +103,7 @@ def card_value(
     if not found: raise Unusual(text)
     return found[1] == "T" if found[1] else int(found[2]) if found[2] else float(found[3].replace("D", "E"))
 
-# %% ../nbs/10_fits.ipynb #ea91b68e
+# %% ../nbs/10_fits.ipynb #c607e0c2
 @dataclass(frozen=True)
 class _Layout:
     "Which keywords a header unit has and where they stand."
@@ -111,6 +112,9 @@ class _Layout:
     keys: list # keywords in order
     place: dict # {keyword: number of its card}; of repeated keywords the first counts
     joined: str # keywords, a line each
+
+# %% ../nbs/10_fits.ipynb #d7f4b01d
+_HEADS, _KEYS = re.compile(r"(?:[A-Z0-9_-]* *\n)*[A-Z0-9_-]* *"), re.compile(r"[A-Z0-9_ \n-]*")
 
 def _new_layout(text, letters):
     "Layout of a header that only has cards of the standard's plain kinds. Raises Unusual."
@@ -136,7 +140,7 @@ def _layout_of(text):
     _layouts[len(text)] = found = _new_layout(text, letters)
     return found
 
-# %% ../nbs/10_fits.ipynb #c2ca00a7
+# %% ../nbs/10_fits.ipynb #b0eba8a9
 class QuickHeader:
     "Cards of one header unit, parsed when asked for; the part of `fits.Header` that readers use."
     def __init__(self,
@@ -147,13 +151,16 @@ class QuickHeader:
 
     def __contains__(self, key) -> bool: return key in self.place
     def __iter__(self): return iter(self.keys)
-    def __getitem__(self, key):
-        start = 80*self.place[key]
-        card = self.text[start:start + 80]
-        at = card.find("=") if card[:9] == "HIERARCH " else 8
-        if card[at:at + 2] != "= ": raise Unusual(card)
-        return card_value(card[at + 1:])
     def get(self, key, default=None): return self[key] if key in self.place else default
+
+# %% ../nbs/10_fits.ipynb #663b4f2b
+@patch
+def __getitem__(self:QuickHeader, key):
+    start = 80*self.place[key]
+    card = self.text[start:start + 80]
+    at = card.find("=") if card[:9] == "HIERARCH " else 8
+    if card[at:at + 2] != "= ": raise Unusual(card)
+    return card_value(card[at + 1:])
 
 # %% ../nbs/10_fits.ipynb #f5dfd215
 def keys_starting(
@@ -164,7 +171,7 @@ def keys_starting(
     if isinstance(header, QuickHeader) and start not in header.joined: return []
     return [k for k in header if k.startswith(start)]
 
-# %% ../nbs/10_fits.ipynb #040f2fd0
+# %% ../nbs/10_fits.ipynb #11b9ac3b
 _STRUCTURE = re.compile(r"SIMPLE|XTENSION|BITPIX|EXTEND|[PG]COUNT|NAXIS\d*|TFIELDS|T(?:FORM|TYPE|UNIT)\d+") # cards that stand once in a sound header
 
 def _whole(header, key):
@@ -173,6 +180,27 @@ def _whole(header, key):
     if type(value) is not int or value < 0 and key != "BITPIX": raise Unusual(f"{key} = {value}")
     return value
 
+# %% ../nbs/10_fits.ipynb #04049a0e
+_FORMS = {"D": ">f8", "E": ">f4", "J": ">i4", "I": ">i2", "K": ">i8", "B": "u1"}
+
+def _row_dtype(header, shape):
+    "Type of one row of a binary table of plain numbers."
+    fields = range(1, _whole(header, "TFIELDS") + 1)
+    if len(shape) != 2 or not fields or any(f"{k}{i}" in header for i in fields for k in ("TSCAL", "TZERO", "TNULL", "TDIM")): raise Unusual("table")
+    names = [header.get(f"TTYPE{i}") for i in fields]
+    forms = [re.fullmatch(r"(\d*)([DEJIKB])", str(header.get(f"TFORM{i}"))) for i in fields]
+    if not all(forms) or not all(isinstance(n, str) and n for n in names) or len({n.lower() for n in names}) < len(names): raise Unusual("columns")
+    counts = [int(f[1] or 1) for f in forms]
+    dtype = np.dtype([(n, _FORMS[f[2]], (c,)) if c != 1 else (n, _FORMS[f[2]]) for n, f, c in zip(names, forms, counts)])
+    if dtype.itemsize != shape[1] or 0 in counts: raise Unusual("length of a row")
+    return dtype
+
+# %% ../nbs/10_fits.ipynb #e187a1b7
+class _QuickColumns:
+    def __init__(self, names, header): self.names, self.header = names, header
+    def __getitem__(self, name): return SimpleNamespace(unit=self.header.get(f"TUNIT{self.names.index(name) + 1}") or None)
+
+# %% ../nbs/10_fits.ipynb #57e3d136
 class QuickHDU:
     "Header and data of one HDU, with those attributes of astropy's that the readers use."
     def __init__(self, content, header, start):
@@ -193,32 +221,14 @@ class QuickHDU:
         shape = self.shape[:1] if self.is_table else self.shape
         return np.frombuffer(self.content, self.dtype, self.size//self.dtype.itemsize, self.start).reshape(shape)
 
-# %% ../nbs/10_fits.ipynb #b1b2f586
-_FORMS = {"D": ">f8", "E": ">f4", "J": ">i4", "I": ">i2", "K": ">i8", "B": "u1"}
-
-def _row_dtype(header, shape):
-    "Type of one row of a binary table of plain numbers."
-    fields = range(1, _whole(header, "TFIELDS") + 1)
-    if len(shape) != 2 or not fields or any(f"{k}{i}" in header for i in fields for k in ("TSCAL", "TZERO", "TNULL", "TDIM")): raise Unusual("table")
-    names = [header.get(f"TTYPE{i}") for i in fields]
-    forms = [re.fullmatch(r"(\d*)([DEJIKB])", str(header.get(f"TFORM{i}"))) for i in fields]
-    if not all(forms) or not all(isinstance(n, str) and n for n in names) or len({n.lower() for n in names}) < len(names): raise Unusual("columns")
-    counts = [int(f[1] or 1) for f in forms]
-    dtype = np.dtype([(n, _FORMS[f[2]], (c,)) if c != 1 else (n, _FORMS[f[2]]) for n, f, c in zip(names, forms, counts)])
-    if dtype.itemsize != shape[1] or 0 in counts: raise Unusual("length of a row")
-    return dtype
-
-class _QuickColumns:
-    def __init__(self, names, header): self.names, self.header = names, header
-    def __getitem__(self, name): return SimpleNamespace(unit=self.header.get(f"TUNIT{self.names.index(name) + 1}") or None)
-
-# %% ../nbs/10_fits.ipynb #a720f3bd
+# %% ../nbs/10_fits.ipynb #a94f6c40
 class QuickHDUs(list):
     "HDUs found by `scan_fits`; `full` is the file as astropy opens it."
     def __init__(self, path, content): self.path, self.content = path, content
     @cached_property
     def full(self) -> fits.HDUList: return parse_fits(self.path, self.content)
 
+# %% ../nbs/10_fits.ipynb #5264a7d2
 def scan_fits(
     path:str|Path, # the file's name
     content:bytes, # uncompressed content
@@ -342,12 +352,14 @@ def pixel_ivar(
     if not good.any() or 0 < np.median((np.abs(flux)*np.sqrt(estimate))[good]) < 1e5: return estimate, "estimated"
     return good*(1000/np.median(np.abs(flux[good])))**2, "assumed"
 
-# %% ../nbs/10_fits.ipynb #c8085ed2
+# %% ../nbs/10_fits.ipynb #43ec505f
 CARDS = dict(
     object=("OBJECT", "OBJNAME", "TARGET"), instrument=("INSTRUME",), program=("PROG_ID", "ESO OBS PROG ID", "PROGID"),
     mjd_obs=("MJD-OBS", "MJD_OBS"), exptime=("EXPTIME", "TEXPTIME"), airmass=("AIRMASS",), berv=("BERV", "VHELIO"),
     snr=("SNR", "SN_R"), ra=("RA-D", "RA_OBJ", "RA"), dec=("DEC-D", "DEC_OBJ", "DEC"))
 _TEXT = ("object", "instrument", "program")
+
+# %% ../nbs/10_fits.ipynb #735628e9
 COORD_ATTRS = dict(
     mjd_obs=dict(units="d", long_name="start of the exposure (MJD)"), exptime=dict(units="s"), airmass=dict(units="1"),
     berv=dict(units="km/s", long_name="barycentric correction"), rv_ccf=dict(units="km/s", role="label", long_name="radial velocity from the pipeline's cross-correlation"),
@@ -384,7 +396,7 @@ def header_coordinates(
     out["night"] = int(np.floor(out["mjd_obs"] - .5)) if np.isfinite(out["mjd_obs"]) else -1
     return out
 
-# %% ../nbs/10_fits.ipynb #92c8c26c
+# %% ../nbs/10_fits.ipynb #d5bae054
 def safe_scale(
     flux:np.ndarray, # (wavelength,) flux
 ) -> float: # power of ten by which to divide it, usually 1
@@ -395,6 +407,7 @@ def safe_scale(
     middle = np.median(usable) if usable.size else 1.
     return 1. if 1e-12 < middle < 1e12 else 10.**np.floor(np.log10(middle))
 
+# %% ../nbs/10_fits.ipynb #f5ebe767
 def _in_float32(flux, error, ivar):
     "The scale, and all three divided by it; what float32 cannot hold even so becomes NaN."
     scale = safe_scale(flux)
@@ -414,7 +427,7 @@ def _ordered(path, wavelength, *planes):
         raise BadWavelength(path, f"the wavelength does not increase at {len(bad)} of {len(wavelength)} pixels, first at pixel {bad[0] + 1}", "sort or repair the wavelength column")
     return wavelength, *planes
 
-# %% ../nbs/10_fits.ipynb #6878b2e3
+# %% ../nbs/10_fits.ipynb #c4f21f95
 @njit(cache=True, nogil=True, error_model="numpy")
 def _is_increasing(wavelength):
     "Whether all wavelengths are positive, finite and increasing."
@@ -422,6 +435,7 @@ def _is_increasing(wavelength):
     for k in range(1, wavelength.size): sound &= wavelength[k] > wavelength[k - 1]
     return sound
 
+# %% ../nbs/10_fits.ipynb #87f73357
 @njit(cache=True, nogil=True, error_model="numpy")
 def _flux_and_ivar(flux, error, bad, out):
     "Fills out (2, wavelength) with usable flux and inverse variance; numbers of good fluxes and of usable pixels."
@@ -436,7 +450,7 @@ def _flux_and_ivar(flux, error, bad, out):
         out[0, k], out[1, k] = (f, weight) if usable else (0., 0.)
     return n_good, n_usable
 
-# %% ../nbs/10_fits.ipynb #c1ef423b
+# %% ../nbs/10_fits.ipynb #d2c7a79a
 def _usual_planes(wavelength, flux, error, ivar, quality):
     "Flux and inverse variance (2, wavelength) float32, or None for what needs a closer look."
     plain = [p for p in (flux, error, quality) if p is not None]
@@ -446,6 +460,7 @@ def _usual_planes(wavelength, flux, error, ivar, quality):
     n_good, n_usable = _flux_and_ivar(flux, error, np.zeros(0, bool) if quality is None else quality != 0, out)
     return out if n_usable >= max(1, .5*n_good) else None
 
+# %% ../nbs/10_fits.ipynb #d913544f
 def _unusual_planes(path, wavelength, flux, error, ivar, quality):
     "Wavelength, flux, inverse variance, origin of the latter, and scale of the flux."
     planes = [None if p is None else np.asarray(p).astype(float) for p in (flux, error, ivar, quality)]
@@ -456,7 +471,7 @@ def _unusual_planes(path, wavelength, flux, error, ivar, quality):
     if not usable.any(): raise NoUsablePixels(path, f"none of {len(flux)} pixels is usable (NaN, zero or flagged)", "leave the file out")
     return wavelength, *(np.where(usable, p, 0).astype(np.float32) for p in (flux, ivar)), origin, scale
 
-# %% ../nbs/10_fits.ipynb #e228c57f
+# %% ../nbs/10_fits.ipynb #2e8cfcd7
 @dataclass(frozen=True)
 class SpectrumParts:
     "One spectrum as plain arrays, before it becomes a Dataset."
@@ -468,13 +483,22 @@ class SpectrumParts:
     frame: str # "barycentric", "topocentric" or "rest"
     attrs: dict = field(default_factory=dict) # where medium and frame come from
 
-    def to_dataset(self) -> xr.Dataset: # one spectrum, contract-valid
-        coords = {k: ([v], COORD_ATTRS.get(k, {})) for k, v in self.coords.items() if k != "spectrum_id"}
-        out = make_spectra(self.flux[None], self.ivar[None], self.wavelength, [self.coords["spectrum_id"]], medium=self.medium, frame=self.frame, coords=coords, attrs=self.attrs)
-        out.ivar.attrs["origin"] = self.coords["ivar_origin"]
-        return out
+# %% ../nbs/10_fits.ipynb #0968836e
+@patch
+def to_dataset(self:SpectrumParts) -> xr.Dataset: # one spectrum, contract-valid
+    coords = {k: ([v], COORD_ATTRS.get(k, {})) for k, v in self.coords.items() if k != "spectrum_id"}
+    out = make_spectra(self.flux[None], self.ivar[None], self.wavelength, [self.coords["spectrum_id"]], medium=self.medium, frame=self.frame, coords=coords, attrs=self.attrs)
+    out.ivar.attrs["origin"] = self.coords["ivar_origin"]
+    return out
 
-# %% ../nbs/10_fits.ipynb #7d062148
+# %% ../nbs/10_fits.ipynb #447a2ac3
+def spectrum_stem(
+    path:str|Path, # file
+) -> str: # its base name without .fits, .fit, .gz
+    "Name of a spectrum from its file, where no header gives a better one."
+    return re.sub(r"(\.(fits?|fz|csv|tsv|ecsv|txt|dat|asc|vot|votable|xml))?(\.gz)?$", "", os.path.basename(path), flags=re.I)
+
+# %% ../nbs/10_fits.ipynb #fd31e214
 def assemble_parts(
     path:str|Path,             # the file
     wavelength:np.ndarray,     # (wavelength,) [Angstrom]
@@ -496,24 +520,19 @@ def assemble_parts(
     facts |= dict(ivar_origin=origin, guess="; ".join(notes), spectrum_id=facts.get("spectrum_id") or spectrum_stem(path) or os.path.basename(path))
     return SpectrumParts(wavelength, flux, ivar, facts, medium[0], frame[0], dict(medium_origin=medium[1], frame_origin=frame[1]))
 
+# %% ../nbs/10_fits.ipynb #c2d3d827
 def assemble(path, wavelength, flux, coords, **kwargs) -> xr.Dataset: # contract-valid
     "One spectrum as a Dataset, from the arguments of `assemble_parts`. Raises BadWavelength, NoUsablePixels."
     return assemble_parts(path, wavelength, flux, coords, **kwargs).to_dataset()
 
-# %% ../nbs/10_fits.ipynb #447a2ac3
-def spectrum_stem(
-    path:str|Path, # file
-) -> str: # its base name without .fits, .fit, .gz
-    "Name of a spectrum from its file, where no header gives a better one."
-    return re.sub(r"(\.(fits?|fz|csv|tsv|ecsv|txt|dat|asc|vot|votable|xml))?(\.gz)?$", "", os.path.basename(path), flags=re.I)
-
-# %% ../nbs/10_fits.ipynb #71d3aefd
+# %% ../nbs/10_fits.ipynb #990e5f87
 WAVE_NAMES = ("WAVELENGTH_AIR", "WAVE_AIR", "WAVE", "WAVELENGTH", "LAMBDA", "LAM", "WL", "WAVE_VAC", "WAVELENGTH_VAC", "LOGLAM", "LOGLAMBDA", "LOG_LAMBDA")
 FLUX_NAMES = ("FLUX", "FLUX_REDUCED", "INTENSITY", "SPEC", "SPECTRUM", "COUNTS", "FLUX_CALIBRATED")
 ERROR_NAMES = ("ERR", "ERROR", "FLUX_ERR", "ERR_FLUX", "FLUX_ERROR", "SIGMA", "SIG", "NOISE", "UNC", "UNCERTAINTY")
 QUALITY_NAMES = ("QUAL", "QUALITY", "FLAG", "FLAGS", "AND_MASK")
 IVAR_NAMES = ("IVAR", "INVVAR", "FLUX_IVAR")
 
+# %% ../nbs/10_fits.ipynb #3cbabc62
 def table_columns(
     names:Sequence, # column names of a table
 ) -> dict: # {"wave", "flux", "error", "ivar", "quality": column name or None}
@@ -550,7 +569,7 @@ def spectrum_table(
     lacking = " and ".join(n for n, options in (("wavelength", WAVE_NAMES), ("flux", FLUX_NAMES)) if not any(table_columns(h.columns.names)[n[:4]] for h in tables))
     raise MissingField(path, f"no {lacking or 'wavelength and flux'} column (found: {found})", "name the columns WAVE and FLUX, or register a reader")
 
-# %% ../nbs/10_fits.ipynb #abe8c8ff
+# %% ../nbs/10_fits.ipynb #17b4371c
 def _column(hdu, name):
     "One column as a flat native array; None stays None."
     if name is None: return None
@@ -558,13 +577,14 @@ def _column(hdu, name):
     data = np.asarray(data[0] if np.ndim(data) > 1 or data.dtype == object else data).ravel()
     return data.astype(data.dtype.newbyteorder("="))
 
+# %% ../nbs/10_fits.ipynb #3f3861c8
 def _column_medium(headers, hdu, name):
     "Medium and origin, from the column's own name if that tells, else from its descriptor or the header."
     ending = str(name).upper()[-4:]
     if ending in ("_AIR", "_VAC"): return {"_AIR": "air", "_VAC": "vacuum"}[ending], f"column name {name}"
     return medium_of(headers, str(hdu.header.get(f"TUCD{hdu.columns.names.index(name) + 1}", "")))
 
-# %% ../nbs/10_fits.ipynb #c53eca45
+# %% ../nbs/10_fits.ipynb #9c97c222
 def table_parts(
     path:str|Path,                 # file
     hdus:fits.HDUList,             # its HDUs
@@ -584,6 +604,7 @@ def table_parts(
     return assemble_parts(path, wave, columns["flux"], coords | dict(flux_unit=hdu.columns[parts["flux"]].unit or ""), medium=medium or _column_medium(headers, hdu, parts["wave"]),
                     frame=frame or frame_of(headers), error=columns["error"], ivar=columns["ivar"], quality=columns["quality"], guesses=[guess])
 
+# %% ../nbs/10_fits.ipynb #df7dcadf
 def read_table_spectrum(path, hdus, *args, **kwargs) -> xr.Dataset: # one spectrum
     "The same as a Dataset."
     return table_parts(path, hdus, *args, **kwargs).to_dataset()
@@ -637,10 +658,11 @@ def read_image_spectrum(path, hdus, *args, **kwargs) -> xr.Dataset: # one spectr
     "The same as a Dataset."
     return image_parts(path, hdus, *args, **kwargs).to_dataset()
 
-# %% ../nbs/10_fits.ipynb #cc6d526b
+# %% ../nbs/10_fits.ipynb #438f3ed3
 def _has_named_rows(path, hdus):
     return hdus is not None and hdus[0].is_image and len(hdus[0].shape) == 2 and str(first_card([hdus[0].header], ["EXTEN0"])).lower().startswith("flux inverse")
 
+# %% ../nbs/10_fits.ipynb #1442858c
 def named_rows_parts(
     path:str|Path,     # file
     hdus:fits.HDUList, # its HDUs
@@ -656,7 +678,7 @@ def named_rows_parts(
     return assemble_parts(path, wave, rows["flux"], coords, medium=medium_of([header]), frame=frame_of([header]), ivar=rows["inverse"],
                           quality=rows.get("andmask"), guesses=[*guesses, guess])
 
-# %% ../nbs/10_fits.ipynb #76c10217
+# %% ../nbs/10_fits.ipynb #ab722485
 @dataclass(frozen=True)
 class Reader:
     "How one kind of file is recognised and read."
@@ -666,6 +688,7 @@ class Reader:
     priority: int = 0 # higher is asked first
     takes: str = "hdus" # what both get beside the path; "content": the uncompressed bytes of a file that is not FITS
 
+# %% ../nbs/10_fits.ipynb #c75ecbe1
 def _has_table(path, hdus): return hdus is not None and any(map(is_table, hdus))
 
 def _is_fits(path, hdus): return hdus is not None
@@ -682,7 +705,7 @@ def readers() -> list: # of Reader, in the order in which they are asked
     known = {r.name: r for r in READERS} | {r.name: r for module, name in places for r in getattr(importlib.import_module(module), name)}
     return sorted((known | _registered).values(), key=lambda r: (-r.priority, r.name))
 
-# %% ../nbs/10_fits.ipynb #c004175a
+# %% ../nbs/10_fits.ipynb #a9e75ecb
 def register_reader(
     name:str,              # unique name, kept in the spectrum's coordinate `reader`
     identify:Callable,     # (path, hdus) -> bool; hdus is None for what is not FITS
@@ -696,6 +719,7 @@ def register_reader(
     _registered[name] = Reader(name, identify, read, priority)
     return _registered[name]
 
+# %% ../nbs/10_fits.ipynb #fad59d09
 def registered_readers() -> list: # of Reader
     "Only the readers added by `register_reader`; worker processes need them too."
     return list(_registered.values())
@@ -707,12 +731,13 @@ def unregister_reader(
     if name not in _registered: raise KeyError(f"no registered reader {name!r}; there are {sorted(_registered)}")
     del _registered[name]
 
-# %% ../nbs/10_fits.ipynb #0cf98979
+# %% ../nbs/10_fits.ipynb #2c89e283
 def _view_for(reader, hdus, content):
     "HDUs as a reader may expect them (a user's own gets astropy's), or the bytes."
     if reader.takes == "content": return content
     return hdus.full if isinstance(hdus, QuickHDUs) and _registered.get(reader.name) is reader else hdus
 
+# %% ../nbs/10_fits.ipynb #35c00928
 def _match(path, hdus, content=b""):
     "The reader that claims the file."
     for reader in readers():
@@ -726,6 +751,7 @@ def _match(path, hdus, content=b""):
     shapes = ", ".join(f"{i}: {type(h).__name__} {h.shape if h.is_image else h.columns.names}" for i, h in enumerate(hdus))
     raise UnknownLayout(path, f"no reader knows this layout ({shapes})", "register a reader for it")
 
+# %% ../nbs/10_fits.ipynb #f5dfc655
 def identify(
     path:str|Path,           # file
     content:bytes|None=None, # its raw bytes, when the caller has them
@@ -735,7 +761,7 @@ def identify(
     try: return _match(path, scan_fits(path, content), content).name
     except Unusual: return _match(path, parse_fits(path, content), content).name
 
-# %% ../nbs/10_fits.ipynb #947915e0
+# %% ../nbs/10_fits.ipynb #a131355a
 def _stated(parts, key, value, allowed):
     "Replace what the reader found or guessed by what the user states."
     if value is None: return parts
@@ -743,6 +769,7 @@ def _stated(parts, key, value, allowed):
     notes = [n for n in parts.coords.get("guess", "").split("; ") if not n.startswith(f"guess: {key}")]
     return replace(parts, coords=parts.coords | dict(guess="; ".join(notes)), attrs=parts.attrs | {f"{key}_origin": "stated by the user"}, **{key: value})
 
+# %% ../nbs/10_fits.ipynb #6df5c766
 def _read_with(path, hdus, content=b""):
     "Dataset or parts from the reader that claims the file."
     reader = _match(path, hdus, content)
@@ -755,13 +782,14 @@ def _read_with(path, hdus, content=b""):
     try: return validate(found).assign_coords(reader=("spectrum", [reader.name]))
     except ValueError as exc: raise ReaderError(path, f"the reader {reader.name!r} failed with {type(exc).__name__}: {exc}", "mend what the reader returns") from exc
 
-# %% ../nbs/10_fits.ipynb #e3b583fc
+# %% ../nbs/10_fits.ipynb #b5a0ae04
 def _read_any(path, content):
     "Dataset or parts of one file; by the quick look, or by astropy where that declines."
     content = load_bytes(path, content)
     try: return _read_with(path, scan_fits(path, content), content)
     except Unusual: return _read_with(path, parse_fits(path, content), content)
 
+# %% ../nbs/10_fits.ipynb #6a5607b0
 def parts_of(
     ds:xr.Dataset, # one spectrum
 ) -> SpectrumParts: # the same
@@ -770,6 +798,7 @@ def parts_of(
     wave, coords["ivar_origin"] = ds.wavelength, ds.ivar.attrs.get("origin", "pipeline")
     return SpectrumParts(wave.values, ds.flux.values[0], ds.ivar.values[0], coords, wave.attrs["medium"], wave.attrs["frame"], dict(ds.attrs))
 
+# %% ../nbs/10_fits.ipynb #8de9a212
 def coordinate_attrs(
     name:str, # of a coordinate along `spectrum`
 ) -> dict: # its attributes in a Dataset made from parts
