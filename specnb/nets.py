@@ -255,7 +255,7 @@ def continua(self:LineFrontEnd, batches, n_rows, more_noise=False):
         if sum(map(len, rows)) >= n_rows: break
     return torch.cat(rows)[:n_rows].double()
 
-# %% ../nbs/21_nets.ipynb #9a197d80
+# %% ../nbs/21_nets.ipynb #7b6dc7b4
 @patch
 def _fit_components(self:LineFrontEnd, batches):
     "Principal components of the continuum and their gains."
