@@ -34,7 +34,7 @@ def ordinal_ranks(
     for rank, order in zip(ranks, orders): rank[order] = np.arange(len(order), dtype=np.int32)
     return ranks[0] if values.ndim == 1 else ranks
 
-# %% ../nbs/30_depend.ipynb #0fd15cd5
+# %% ../nbs/30_depend.ipynb #1c529b64
 def _presorted(
     values:np.ndarray, # (row, column), NaN sorts last
     rng:np.random.Generator, # breaks ties
@@ -46,6 +46,7 @@ def _presorted(
     if not columns: return np.empty((0, len(values)), np.int32)
     return np.stack(_dealt(lambda column: _sorting(column, shuffle), columns, n_threads))
 
+# %% ../nbs/30_depend.ipynb #b2dd3144
 def _sorting(
     column:np.ndarray, shuffle:np.ndarray, # (row,) values, and a random order of them
 )->np.ndarray: # (row,) int32 row numbers
@@ -53,7 +54,7 @@ def _sorting(
     order = np.argsort(column).astype(np.int32)
     return shuffle[np.argsort(column[shuffle])] if _has_ties(column, order) else order
 
-# %% ../nbs/30_depend.ipynb #6b9f5e2c
+# %% ../nbs/30_depend.ipynb #5257b2cf
 @njit(cache=True, nogil=True)
 def _has_ties(
     column:np.ndarray, order:np.ndarray, # (row,) values and their sorting
@@ -63,6 +64,7 @@ def _has_ties(
         if column[order[i]] == column[order[i - 1]]: return True
     return False
 
+# %% ../nbs/30_depend.ipynb #0fa99e72
 def _dealt(
     work, # callable of one item
     items:list, # what to work on
@@ -121,7 +123,7 @@ def _smallest_nine(
     c, e, g, i = min(c, e), max(c, e), min(g, i), max(g, i)
     return a, min(b, c), max(b, c), min(d, e), max(d, e), min(f, g), max(f, g), min(h, i), max(h, i)
 
-# %% ../nbs/30_depend.ipynb #3b3154d4
+# %% ../nbs/30_depend.ipynb #c4e1addd
 @njit(cache=True, nogil=True)
 def _other(
     d:int, # int32 distance of a point of the lanes
@@ -129,6 +131,7 @@ def _other(
     "Nobody is his own neighbour."
     return np.int32(d) if d > 0 else np.int32(_FAR)
 
+# %% ../nbs/30_depend.ipynb #1ec7cff2
 @njit(cache=True, nogil=True)
 def _keep(
     work:np.ndarray, lane:int, k:int, d:int, # of `_offer`; neighbours; a distance
@@ -137,6 +140,7 @@ def _keep(
     for a in range(k - 1, 0, -1): work[a * _LANES + lane] = min(work[a * _LANES + lane], max(work[(a - 1) * _LANES + lane], d))
     work[lane] = min(work[lane], d)
 
+# %% ../nbs/30_depend.ipynb #687be984
 @njit(cache=True, nogil=True)
 def _keep_nine(
     work:np.ndarray, lane:int, d0:int, d1:int, d2:int, d3:int, # of `_offer`; four distances
@@ -372,7 +376,7 @@ def mutual_information(
     complete = np.isfinite(x) & np.isfinite(y)
     return float(_mi_columns(x[complete, None], y[complete, None], _neighbours(k, extrapolate), [y_class if discrete is None else discrete], seed)[0, 0])
 
-# %% ../nbs/30_depend.ipynb #d4237825
+# %% ../nbs/30_depend.ipynb #50f0e3a2
 def _mi_columns(
     x:np.ndarray, # (row, latent) finite
     y:np.ndarray, # (row, label) finite
@@ -392,6 +396,7 @@ def _mi_columns(
         out[:, b] = [_ross(classes[order], classes.max() + 1, ks[0], _psi_table(n)) for order in orders]
     return out
 
+# %% ../nbs/30_depend.ipynb #6173184f
 def _psi_table(
     n:int, # rows
 )->np.ndarray: # (2 n + 2,) digamma(1 + j / 2)
@@ -452,7 +457,7 @@ def gaussian_copula_information(
     scores = [ndtri((average_ranks(v[complete]) + 0.5) / complete.sum()) for v in (x, y)]
     return float(-0.5 * np.log1p(-np.corrcoef(*scores)[0, 1] ** 2))
 
-# %% ../nbs/30_depend.ipynb #f778b99c
+# %% ../nbs/30_depend.ipynb #63d1b749
 def average_ranks(
     values:np.ndarray, # (row,) finite
     weights:np.ndarray|None=None, # (row,) positive; None: 1 each
@@ -461,6 +466,7 @@ def average_ranks(
     values = np.ascontiguousarray(values, float)
     return _tie_means(values, np.argsort(values), np.ones(len(values)) if weights is None else np.ascontiguousarray(weights, float))
 
+# %% ../nbs/30_depend.ipynb #28d4bbb8
 @njit(cache=True, nogil=True)
 def _tie_means(
     values:np.ndarray, order:np.ndarray, weights:np.ndarray, # (row,) values, (kept,) the sorting of those to rank, (row,) weights
@@ -497,7 +503,7 @@ def histogram_information(
     outer = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     return float((joint[joint > 0] * np.log(joint[joint > 0] / outer[joint > 0])).sum())
 
-# %% ../nbs/30_depend.ipynb #8f77c78c
+# %% ../nbs/30_depend.ipynb #e17bfe7d
 _BLOCK = 512    # rows taken at a time
 
 def _blocks(
@@ -506,6 +512,7 @@ def _blocks(
     "Rows in pieces."
     return [slice(first, first + _BLOCK) for first in range(0, n, _BLOCK)]
 
+# %% ../nbs/30_depend.ipynb #fc12669e
 def _centre(
     values:np.ndarray, # (row, column), NaN where missing
 )->np.ndarray: # (column,) mean of what is present, 0 where nothing is
@@ -517,6 +524,7 @@ def _centre(
         count += here.sum(0)
     return total / np.maximum(count, 1)
 
+# %% ../nbs/30_depend.ipynb #b62c3cbd
 def _prepared(
     values:np.ndarray, # (row, column), NaN where missing
     centre:np.ndarray, # (column,) from `_centre`
@@ -684,7 +692,7 @@ def make_units(
     fraction = np.random.default_rng(seed).random((n_draws, len(size)))
     return Units(order, np.cumsum(size) - size, size, fraction)
 
-# %% ../nbs/30_depend.ipynb #613ebe85
+# %% ../nbs/30_depend.ipynb #773a77a9
 @patch
 def rows(
     self:Units,
@@ -694,6 +702,7 @@ def rows(
     given = slice(None) if permutation is None else permutation
     return self.order[self.start[given] + (self.fraction * self.size[given]).astype(int)]
 
+# %% ../nbs/30_depend.ipynb #661a452a
 @patch
 def take(
     self:Units,
@@ -804,13 +813,14 @@ def _scores(
         out[here] = average_ranks(column[here], weights[here])
     return ranks
 
-# %% ../nbs/30_depend.ipynb #c9cde43b
+# %% ../nbs/30_depend.ipynb #af1fb870
 def permutation_p(
     statistic:np.ndarray, # (replicate, ...) the first replicate is the observed one
 )->np.ndarray: # (...) p-values, at least 1 / replicate
     "Share of arrangements at least as extreme as the observed one, itself included [Phipson & Smyth 2010]."
     return (statistic >= statistic[0] - 1e-12).mean(0)
 
+# %% ../nbs/30_depend.ipynb #2d727345
 def family_wise_p(
     statistic:np.ndarray, # (replicate, ...) the first replicate is the observed one
 )->np.ndarray: # (...) p-values adjusted for all pairs
@@ -1105,7 +1115,7 @@ def _trend_columns(
         columns += [scores[:, [i]] * scores[:, [j]] for i in range(m) for j in range(i)]
     return np.concatenate(columns, 1)
 
-# %% ../nbs/30_depend.ipynb #c88e3df1
+# %% ../nbs/30_depend.ipynb #b1bee143
 def without_trend(
     values:np.ndarray, # (row,) complete
     z:np.ndarray, # (row, condition) what is given, complete
@@ -1120,6 +1130,7 @@ def without_trend(
         left[part == f] -= design[part == f] @ np.linalg.solve(others.T @ others + ridge, others.T @ scores[part != f])
     return _without_neighbours(left, z) + 0.01 * rng.normal(size=n)
 
+# %% ../nbs/30_depend.ipynb #34eee4ba
 def _without_neighbours(
     left:np.ndarray, # (row,)
     z:np.ndarray, # (row, condition)
