@@ -503,12 +503,12 @@ def duplicate_of(
     else: return None
     return dict(reason=why, mend=mend, kind="Duplicate")
 
-# %% ../nbs/12_ingest.ipynb #74338260
+# %% ../nbs/12_ingest.ipynb #06e7d10a
 def _work(paths, manifest, key, options, readers):
     "What a worker does with a handful of files."
-    known = {r.name for r in registered_readers()}
+    known = registered_readers()
     for r in readers:
-        if r.name not in known: register_reader(r.name, r.identify, r.read, r.priority, replace=True)
+        if r not in known: register_reader(r.name, r.identify, r.read, r.priority, replace=True)
     return [try_row(path, _grid_of(manifest, key), **options) for path in paths]
 
 # %% ../nbs/12_ingest.ipynb #66e68b4c

@@ -1,13 +1,15 @@
 """Many files to one store: killed at random moments, interrupted, repeated, extended, fed with rubbish, and run on the real folders."""
 import errno
 import hashlib
+import importlib
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -541,6 +543,28 @@ def test_memory_stays_bounded(tmp_path):
     code = "import sys, resource\nfrom specnb.ingest import ingest\nfrom pathlib import Path\nf = sorted(Path(sys.argv[1]).glob('*.fits'))\ningest(f[:2], sys.argv[1] + '/a.zarr', progress=False, chunk_rows=2)\nbase = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\ningest(f, sys.argv[1] + '/b.zarr', progress=False, chunk_rows=2)\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)"
     out, err = run(code, tmp_path).communicate(timeout=240)
     assert err == "" and int(out) * 1024 < .4 * 24 * 60_000 * 8
+
+
+def test_a_worker_that_lives_on_takes_a_replaced_reader(tmp_path, monkeypatch):
+    "The processes of a cluster stay from call to call, and with them what was registered there."
+    (tmp_path / "home_made.py").write_text("""
+import numpy as np
+from specnb.fits import assemble
+def mine(path, hdus): return str(path).endswith(".mine")
+def level(path, flux): return assemble(path, 5000 + np.arange(50.), flux + np.arange(50.), {}, error=np.ones(50), medium=("air", "rule"), frame=("rest", "rule"))
+def first(path, hdus): return level(path, 100.)
+def second(path, hdus): return level(path, 200.)
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    home_made = importlib.import_module("home_made")
+    found = []
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for name in ("first", "second"):
+            (tmp_path / f"{name}.mine").write_text(name)
+            register_reader("home-made", home_made.mine, getattr(home_made, name), replace=True)
+            try: found.append(ingest(tmp_path / f"{name}.mine", tmp_path / f"{name}.zarr", 5000 + np.arange(50.), n_workers=pool, progress=False).open().flux.values[0, 0])
+            finally: unregister_reader("home-made")
+    assert found == [100, 200]
 
 
 # ---- real folders
