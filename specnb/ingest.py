@@ -8,11 +8,11 @@ __all__ = ['SUFFIXES', 'find_files', 'shuffled', 'StoreError', 'Grid', 'choose_g
            'publish', 'duplicate_of', 'rows_in_order', 'check_store', 'verify_store', 'repair_after_power_loss',
            'open_manifest', 'probe_grid', 'create_manifest', 'IngestReport', 'refusal_table', 'usual_workers', 'ingest']
 
-# %% ../nbs/12_ingest.ipynb #79e8781c
+# %% ../nbs/12_ingest.ipynb #25a5f841
 import base64, contextlib, hashlib, json, multiprocessing, os, pickle, shutil, signal, threading, warnings, zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
@@ -248,29 +248,42 @@ def pack(
     weight = np.clip(ivar*scale**2, 2.**-24, 65504)
     return np.where(usable, flux/scale, 0).astype(np.float16), np.where(usable, weight, 0).astype(np.float16), float(scale)
 
-# %% ../nbs/12_ingest.ipynb #abb98eba
-_held = threading.local()
-
-def _content(path):
+# %% ../nbs/12_ingest.ipynb #70bf9561
+def _content(path, buffer):
     "Bytes of a file in a buffer that is used again, unless somebody still looks at it."
     with open(path, "rb", buffering=0) as f:
         size = os.fstat(f.fileno()).st_size
-        buffer = getattr(_held, "buffer", None)
         try: buffer[size:] = bytes(max(0, size - len(buffer)))
-        except (TypeError, BufferError): buffer = _held.buffer = bytearray(size)
+        except BufferError: buffer = bytearray(size)
         n = f.readinto(buffer)
         return buffer if n == size and not f.read(1) else Path(path).read_bytes()
 
-# %% ../nbs/12_ingest.ipynb #043c3521
+def _fetch(path, buffer):
+    "State of a file, then its bytes and their checksum."
+    stat, content = os.stat(path), _content(path, buffer)
+    return stat, (content, checksum(content))
+
+# %% ../nbs/12_ingest.ipynb #b110d88a
+def _read_ahead(paths):
+    "Pairs of a path and a Future of _fetch, each begun while the one before is at work; valid until the next pair is asked for."
+    buffers, begun = (bytearray(), bytearray()), deque()
+    with ThreadPoolExecutor(1) as pool:
+        for k, path in enumerate(paths):
+            begun.append((path, pool.submit(_fetch, path, buffers[k % 2])))
+            if k: yield begun.popleft()
+        yield from begun
+
+# %% ../nbs/12_ingest.ipynb #2db88939
 def read_row(
     path:str|Path, # file
     grid:Grid, # the store's grid
     min_coverage:float=0., # least part of the grid that must be usable
     packed:bool=False, # float16, with the coordinate flux_scale
+    fetched:tuple|None=None, # its bytes and their checksum, when the caller has them
     **options, # for `read_spectrum`: medium, frame
 ) -> dict: # flux, ivar (wavelength,); coords, attrs, sum
     "Read one file onto the store's grid. Raises SpectrumError and its kinds, OSError."
-    content = _content(path)
+    content, total = fetched or _fetch(path, bytearray())[1]
     parts, attrs = read_parts(path, content=content, **options)
     wave = match_medium(parts, grid, path)
     flux, ivar = onto_grid(wave, parts.flux, parts.ivar, grid.wavelength)
@@ -279,20 +292,21 @@ def read_row(
         raise SpectrumError(path, f"it covers {wave[0]:.1f}-{wave[-1]:.1f} Angstrom, {coverage:.1%} of the grid ({grid.wavelength[0]:.1f}-{grid.wavelength[-1]:.1f})", "leave it out, or choose a grid that it covers")
     coords = parts.coords | dict(coverage=coverage)
     if packed: flux, ivar, coords["flux_scale"] = pack(flux, ivar)
-    return dict(flux=flux, ivar=ivar, coords=coords, attrs=attrs, sum=checksum(content))
+    return dict(flux=flux, ivar=ivar, coords=coords, attrs=attrs, sum=total)
 
-# %% ../nbs/12_ingest.ipynb #c3954a66
+# %% ../nbs/12_ingest.ipynb #c83d1916
 def try_row(
     path:str|Path, # file
     grid:Grid, # the store's grid
+    ahead:Future|None=None, # of what `_fetch` says, when it has been begun
     **options, # for `read_row`
 ) -> dict: # as read_row; or {"reason", "mend", "kind"} for a refused file; both with "file", "size", "mtime"
     "Read one file onto the grid, or say why not."
     out = dict(file=str(path), size=-1, mtime=-1)
     try:
-        stat = os.stat(path)
+        stat, fetched = (os.stat(path), None) if ahead is None or ahead.exception() else ahead.result()
         out |= dict(size=stat.st_size, mtime=stat.st_mtime_ns)
-        return out | read_row(path, grid, **options)
+        return out | read_row(path, grid, fetched=fetched, **options)
     except SpectrumError as exc: return out | dict(reason=exc.reason, mend=exc.mend, kind=type(exc).__name__)
     except OSError as exc: return out | dict(reason=f"cannot be read ({exc.strerror or exc})", mend="check permissions and the disk", kind=type(exc).__name__)
     except Exception as exc: return out | dict(reason=f"{type(exc).__name__}: {exc}", mend="report it together with the file", kind=type(exc).__name__)
@@ -503,13 +517,13 @@ def duplicate_of(
     else: return None
     return dict(reason=why, mend=mend, kind="Duplicate")
 
-# %% ../nbs/12_ingest.ipynb #06e7d10a
+# %% ../nbs/12_ingest.ipynb #1f97ad94
 def _work(paths, manifest, key, options, readers):
     "What a worker does with a handful of files."
     known = registered_readers()
     for r in readers:
         if r not in known: register_reader(r.name, r.identify, r.read, r.priority, replace=True)
-    return [try_row(path, _grid_of(manifest, key), **options) for path in paths]
+    return [try_row(path, _grid_of(manifest, key), ahead, **options) for path, ahead in _read_ahead(paths)]
 
 # %% ../nbs/12_ingest.ipynb #66e68b4c
 def _ignore_interrupt(): signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -527,7 +541,7 @@ def _portable_readers():
     try: return pickle.loads(pickle.dumps(registered_readers()))
     except Exception as exc: raise ValueError(f"a registered reader cannot travel to worker processes ({exc}); define its functions in a module, or pass n_workers=0") from exc
 
-# %% ../nbs/12_ingest.ipynb #b15866bc
+# %% ../nbs/12_ingest.ipynb #2f66b46f
 def rows_in_order(
     files:list, # of Path
     manifest:Manifest, # of the store
@@ -539,7 +553,7 @@ def rows_in_order(
     where = str(manifest.path), manifest.key, options
     own = isinstance(n_workers, int)
     if own and n_workers <= 1:
-        for file in files: yield from _work([file], *where, [])
+        for file, ahead in _read_ahead(files): yield try_row(file, manifest.grid, ahead, **options)
         return
     readers, tasks, waiting = _portable_readers(), (files[i:i + batch] for i in range(0, len(files), batch)), deque()
     with contextlib.ExitStack() as stack:
