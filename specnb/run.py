@@ -193,12 +193,11 @@ def train(
     if min(starts, accumulate) < 1: raise ValueError(f"starts = {starts}, accumulate = {accumulate}: train once or more often, with one batch or more a step")
     return run if _same_settings(run, settings) else _fit(ds, run, settings, recipe, device, compute or {}, reading or {})
 
-# %% ../nbs/50_run.ipynb #e9217e78
-_LONG = 65_536 # from this length on the allocator matters [pixel]
-
+# %% ../nbs/50_run.ipynb #fa366b7e
 def _prepare_machine(ds, s, recipe, device, reading):
     "Loaders for this process, where it computes, and the allocator, with its settings."
     from specnb.loader import spectrum_dataloaders
+    from specnb.nets import _LONG
     from specnb.ranks import is_first, place
     from specnb.scale import join_processes, tune_allocator
     device, n_processes = join_processes(device), place()[1]
