@@ -5,7 +5,7 @@ set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 folder="${1:?name a folder for the environment}"; shift
 [ -x "$folder/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder"
-"$folder/bin/python" -m pip install --quiet --upgrade --upgrade-strategy eager "$root[all]" "pytest>=8" pytest-xdist hypothesis selenium pyyaml
+"$folder/bin/python" -m pip install --quiet --upgrade --upgrade-strategy eager "$root[all]" "pytest>=8" pytest-xdist hypothesis selenium pyyaml psutil
 ! "$folder/bin/python" -c "import nbdev" 2>/dev/null || { echo "the notebook tools are in this environment: the lane proves nothing"; exit 1; }
 "$folder/bin/python" - <<'PYTHON'
 from importlib.metadata import version
