@@ -149,7 +149,7 @@ def log_variance(self:IndependentAxes,
     if not self.fitted: return logvar
     return (self.jacobian(mean).square() * logvar.exp()[:, None]).sum(2).clamp_min(1e-30).log()
 
-# %% ../nbs/20_axes.ipynb #2f951702
+# %% ../nbs/20_axes.ipynb #4437750e
 def distinct_nodes(
     mean:torch.Tensor, # (row, latent) codes
     logvar:torch.Tensor, # (row, latent) their log variances
@@ -158,7 +158,7 @@ def distinct_nodes(
     first:int=0, # nodes before this one are left out
 )->torch.Tensor: # (node,) indices in ascending order
     "Live nodes that are no repetition of stronger ones, the strongest first asked."
-    kl, chosen = 0.5*(mean.square() + logvar.exp() - logvar - 1).mean(0), []
+    kl, chosen = 0.5*(mean.square() + logvar.exp() - logvar - 1).mean(0)*(mean.std(0) > 1e-6), [] # what does not vary is dead, wherever it stands
     scores = (mean - mean.mean(0))/mean.std(0).clamp_min(1e-12)
     for node in kl.argsort(descending=True).tolist():
         if kl[node] <= active_kl: break

@@ -23,21 +23,37 @@ def shift_rows(
     phase = torch.polar(torch.ones((), device=rows.device), -2*math.pi*pixels[:, None]*frequency)
     return torch.fft.irfft(torch.fft.rfft(rows, n_fft)*phase, n_fft)[:, :rows.shape[1]]
 
-# %% ../nbs/20_doppler.ipynb #f64cae02
+# %% ../nbs/20_doppler.ipynb #3c363d2f
+_FINE = 8 # values of a correlation in a pixel
+
+def _between_pixels(
+    product:torch.Tensor, # (row, frequency) Fourier transform of a correlation
+    whole:torch.Tensor, # (row,) around which lag [pixel]
+    n_fft:int, # length of the transform
+)->torch.Tensor: # (row, lag) from one pixel before to one pixel after
+    "A correlation between its pixels, from its Fourier series."
+    angle = 2*math.pi*torch.fft.rfftfreq(n_fft, device=product.device)
+    turned = product*torch.polar(torch.ones((), device=product.device), angle*whole[:, None])
+    turned[:, 1:-1] *= 2 # frequencies that stand for two
+    lags = torch.arange(-_FINE, _FINE + 1, device=product.device)/_FINE
+    return turned.real @ (angle[:, None]*lags).cos() - turned.imag @ (angle[:, None]*lags).sin()
+
+# %% ../nbs/20_doppler.ipynb #4a12fc9e
 def template_lag(
     rows:torch.Tensor, # (row, pixel) lines, continuum removed
     template:torch.Tensor, # (pixel,) the same for the template
     reach:int, # largest lag [pixel]
     n_fft:int, # length of the transform
 )->torch.Tensor: # (row,) shift of each row after the template [pixel]
-    "Peak of the cross-correlation, by a parabola [Tonry & Davis 1979]."
+    "Peak of the cross-correlation, between its pixels by its Fourier series and a parabola [Tonry & Davis 1979]."
     product = torch.fft.rfft(rows, n_fft)*torch.fft.rfft(template, n_fft).conj()
     correlation = torch.fft.irfft(product, n_fft)
-    correlation = torch.cat((correlation[:, -reach:], correlation[:, :reach + 1]), 1)
-    peak = correlation[:, 1:-1].argmax(1, keepdim=True) + 1
-    left, top, right = (correlation.gather(1, peak + step)[:, 0] for step in (-1, 0, 1))
+    whole = torch.cat((correlation[:, -reach:], correlation[:, :reach + 1]), 1)[:, 1:-1].argmax(1) + 1 - reach
+    near = _between_pixels(product, whole, n_fft)
+    peak = near[:, 1:-1].argmax(1, keepdim=True) + 1
+    left, top, right = (near.gather(1, peak + step)[:, 0] for step in (-1, 0, 1))
     bend = (left - 2*top + right).clamp_max(-1e-12)
-    return peak[:, 0] - reach + (0.5*(left - right)/bend).clamp(-0.5, 0.5)
+    return whole + (peak[:, 0] - _FINE + (0.5*(left - right)/bend).clamp(-0.5, 0.5))/_FINE
 
 # %% ../nbs/20_doppler.ipynb #ace8e613
 def principal_directions(
@@ -52,7 +68,7 @@ def principal_directions(
     found = found*found.gather(1, found.abs().argmax(1, keepdim=True)).sign()
     return torch.cat((found, found.new_zeros(n - k, rows.shape[1]))).float()
 
-# %% ../nbs/20_doppler.ipynb #e456ac40
+# %% ../nbs/20_doppler.ipynb #0f0fd756
 class FrameAligner(nn.Module):
     "Shift of the star and shift of the sky, each after a template averaged from the spectra themselves."
     def __init__(self,
@@ -72,7 +88,7 @@ class FrameAligner(nn.Module):
 
     def sky_at(self, shift): return shift_rows(self.sky.expand(len(shift), -1), shift, self.n_fft).clamp_min(-0.9)
     def star_lag(self, lines): return template_lag(lines, self.star, self.reach, self.n_fft)
-    def sky_lag(self, rest): return template_lag(rest/self.variance, self.sky, self.reach_sky, self.n_fft)
+    def sky_lag(self, rest): return template_lag(rest/self.variance, self.sky, self.reach_sky, self.n_fft) if self.sky.any() else rest.new_zeros(len(rest))
 
 # %% ../nbs/20_doppler.ipynb #ea9e2844
 def _at_rest(aligner, lines, valid, shift, sky):
@@ -107,7 +123,7 @@ def align(
     rest = _without_star(aligner, lines, valid, star, drawn)
     return star, sky, _at_rest(aligner, lines, valid, star, drawn), shift_rows(rest, -sky, aligner.n_fft)
 
-# %% ../nbs/20_doppler.ipynb #5ec7022e
+# %% ../nbs/20_doppler.ipynb #6a94ea99
 @torch.no_grad()
 def fit_aligner(
     aligner:FrameAligner, # to be fitted, in place
@@ -130,7 +146,7 @@ def fit_aligner(
         left = _without_star(aligner, lines, valid, star, drawn)
         for _ in range(2 if turn else 1): sky = _fit_sky(aligner, left, sky, drawn)
     error, spread = shift_errors(aligner, lines[:512], valid[:512])
-    if error[1] > 0.15*spread[1]: aligner.sky.zero_()
+    if error[1] > 0.15*spread[1]: aligner.sky.zero_(); aligner.zero[1] = 0.
     return aligner
 
 # %% ../nbs/20_doppler.ipynb #bc395963

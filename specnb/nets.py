@@ -653,7 +653,20 @@ def fit_frontend(self:SpectrumVAE,
 def _dense(inward, hidden, outward):
     return nn.Sequential(nn.Linear(inward, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, outward))
 
-# %% ../nbs/21_nets.ipynb #176b89ab
+# %% ../nbs/21_nets.ipynb #3b6eda57
+class _StraightAndBent(nn.Module):
+    "A linear map, and dense layers added to it that say nothing at first."
+    gain = 0.3
+
+    def __init__(self, inward, hidden, outward):
+        super().__init__()
+        self.straight, self.bent = nn.Linear(inward, outward), _dense(inward, hidden, outward)
+        nn.init.normal_(self.straight.weight, std=0.3/inward**0.5)
+        for values in (self.straight.bias, self.bent[-1].weight, self.bent[-1].bias): nn.init.zeros_(values)
+
+    def forward(self, rows): return self.straight(rows) + self.gain*self.bent(rows)
+
+# %% ../nbs/21_nets.ipynb #51d46c6f
 class DopplerNetwork(SpectrumNetwork):
     "Star lines shifted by node 0, sky lines shifted by node 1, and a continuum; the other nodes are learned."
     n_built_in, components = 2, (40, 4, 24) # of star, sky and continuum
@@ -666,8 +679,8 @@ class DopplerNetwork(SpectrumNetwork):
         n_learned = config.n_latent - 2
         self.aligner = FrameAligner(config.n_pixels, config.velocity_step)
         self.parts = nn.ModuleList(LinearPart(config.n_pixels, n) for n in self.components)
-        self.encoder, self.decoder = _dense(sum(self.components), config.hidden, 2*n_learned), _dense(n_learned, config.hidden, sum(self.components))
-        with torch.no_grad(): self.encoder[-1].bias[n_learned:] = config.logvar_bias; self.encoder[-1].weight[n_learned:] *= 0.1
+        self.encoder, self.decoder = _StraightAndBent(sum(self.components), config.hidden, 2*n_learned), _StraightAndBent(n_learned, config.hidden, sum(self.components))
+        with torch.no_grad(): self.encoder.straight.bias[n_learned:] = config.logvar_bias; self.encoder.straight.weight[n_learned:] *= 0.1
         self.axes, self.n_start = IndependentAxes(config.n_latent, config.axes_hidden), min(config.continuum_nodes, n_learned)
         for name in ("mixing", "unmixing"): self.register_buffer(name, torch.zeros(self.n_start, self.components[2]))
         self.register_buffer("shift_scale", torch.ones(2)) # one standard deviation of the shifts [pixel]
@@ -739,7 +752,7 @@ def fit_frontend(self:DopplerNetwork,
     if self.n_start and len(shape) >= START_ROWS: self._start_continuum(self.parts[2](shape).double())
     return self
 
-# %% ../nbs/21_nets.ipynb #675cd383
+# %% ../nbs/21_nets.ipynb #9859a619
 @patch
 @torch.no_grad()
 def _start_continuum(self:DopplerNetwork, scores):
@@ -751,7 +764,7 @@ def _start_continuum(self:DopplerNetwork, scores):
     mixing = (scores @ unmixing.T).T @ scores/len(scores)
     order = mixing.square().sum(1).argsort(descending=True)
     self.unmixing.copy_(unmixing[order]); self.mixing.copy_(mixing[order])
-    self.encoder[-1].weight[:self.n_start], self.encoder[-1].bias[:self.n_start] = 0., 0.
+    self.encoder.straight.weight[:self.n_start], self.encoder.straight.bias[:self.n_start] = 0., 0.
 
 # %% ../nbs/21_nets.ipynb #d165b48b
 @patch

@@ -43,7 +43,7 @@ from specnb.simulate import FACTORS, sample_survey, simulate
 from specnb.wave import SPEED_OF_LIGHT, log_grid
 
 MODES = dict(agnostic=dict(net="demo", objective="beta_tcvae", epochs=12, bs=32, lr=3e-3),
-             doppler=dict(net="doppler", objective="beta_tcvae", epochs=40, bs=128, lr=3e-3),
+             doppler=dict(net="doppler", objective="beta_tcvae", epochs=80, bs=128, lr=3e-3),
              paper=dict(net="paper_scaled", objective="beta_vae", epochs=None, bs=32, lr=1e-3))
 #: what is planted in every spectrum and can be seen in it; the signal-to-noise ratio is reported, but division by the median leaves only its noise
 PLANTED = (*(n for n in FACTORS if n != "snr"), "berv", "slope")
