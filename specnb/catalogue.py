@@ -359,7 +359,7 @@ def unmatched(report:pd.DataFrame, # from `match_report`
     out = rest.groupby(["key", "status"], sort=False).agg(n_spectra=("spectrum_id", "size"), example=("spectrum_id", "first")).reset_index()
     return out.sort_values("n_spectra", ascending=False, kind="stable", ignore_index=True)
 
-# %% ../nbs/13_catalogue.ipynb #a45e05e1
+# %% ../nbs/13_catalogue.ipynb #90be6923
 def join_labels(ds:xr.Dataset,     # spectra or latents with dimension `spectrum`
                 table,             # DataFrame, astropy Table, or file
                 on:str="object",   # "object", "spectrum_id", another coordinate, or "position"
@@ -378,10 +378,22 @@ def join_labels(ds:xr.Dataset,     # spectra or latents with dimension `spectrum
     unit_of, out = {**table.attrs.get("units", {}), **(units or {})}, {}
     for column, name in names.items():
         attrs = dict(role="label", units=unit_of.get(column, ""), source=table.attrs["source"], source_column=str(column), joined_on=on)
+        if name != (named := columns[column] if isinstance(columns, dict) else column): attrs["long_name"] = str(named)
         out[name] = ("spectrum", _gather(table[column].to_numpy(), rows), attrs)
     return ds.assign_coords(out)
 
-# %% ../nbs/13_catalogue.ipynb #3c0d2765
+# %% ../nbs/13_catalogue.ipynb #16316296
+def _storable_names(names, source):
+    "dict column -> coordinate name with every name spelled in letters, digits and underscores."
+    spelled = {c: str(n) if re.fullmatch(r"\w+", str(n)) else re.sub(r"\W+", "_", str(n)).strip("_") for c, n in names.items()}
+    rename = "name it in `columns`, a dict column -> name"
+    if empty := [c for c, n in spelled.items() if not n]: raise CatalogueError(f"{source}: column {empty[0]!r} has no letter or digit in its name; {rename}")
+    for name in spelled.values():
+        same = [c for c, n in spelled.items() if n == name]
+        if len(same) > 1: raise CatalogueError(f"{source}: columns {same} would all be called {name!r}; leave all but one out, or {rename}")
+    return spelled
+
+# %% ../nbs/13_catalogue.ipynb #bad485a5
 def _label_names(ds, table, columns, overwrite, matching):
     "dict column -> coordinate name, checked against the table and the spectra."
     source = table.attrs["source"]
@@ -390,6 +402,7 @@ def _label_names(ds, table, columns, overwrite, matching):
     names = dict(columns) if isinstance(columns, dict) else {c: c for c in ([columns] if isinstance(columns, str) else columns)}
     if unknown := [c for c in names if c not in table.columns]: raise CatalogueError(f"{source}: no column {unknown}; columns are {list(table.columns)[:20]}")
     if not names: raise CatalogueError(f"{source}: no numeric column to join; name text columns in `columns`")
+    names = _storable_names(names, source)
     if taken := [n for n in names.values() if n in ds.variables and not (overwrite and n not in ds.dims)]:
         raise CatalogueError(f"the spectra have {taken} already; rename, as in columns={{{taken[0]!r}: '{taken[0]}_catalogue'}}, or say overwrite=True")
     return names

@@ -6,8 +6,8 @@
 __all__ = ['MEDIA', 'FRAMES', 'COORDINATE_UNITS', 'ContractError', 'estimate_ivar', 'make_spectra', 'validate', 'SpectraAccessor',
            'normalise', 'open_store', 'save_store', 'fingerprint', 'make_latents', 'validate_latents']
 
-# %% ../nbs/01_spectra.ipynb #5b9e76ee
-import hashlib, shutil
+# %% ../nbs/01_spectra.ipynb #6bd1c3b1
+import hashlib, re, shutil
 from pathlib import Path
 import numpy as np
 import xarray as xr
@@ -115,7 +115,13 @@ def _check_ids(ds):
     _check(not repeated, f"spectrum_id is not unique: {repeated} {'stand' if ',' in repeated else 'stands'} more than once; drop the duplicates or rename them")
     _check("" not in unique, "spectrum_id holds an empty string: name every spectrum")
 
-# %% ../nbs/01_spectra.ipynb #37e12146
+# %% ../nbs/01_spectra.ipynb #7c27a5f6
+def _check_names(ds):
+    for name in ds.variables:
+        mended = re.sub(r"\W+", "_", str(name)).strip("_")
+        _check(not re.search(r"[\s/]", str(name)), f"the name {name!r} has a space or a slash, and would be lost in a store: ds.rename({{{name!r}: {mended!r}}})")
+
+# %% ../nbs/01_spectra.ipynb #f019e752
 def validate(
     ds:xr.Dataset # spectra
 ) -> xr.Dataset: # the same object
@@ -125,7 +131,7 @@ def validate(
     for name in ("flux", "ivar"):
         _check(ds[name].dims == ("spectrum", "wavelength"), f"{name} has dimensions {ds[name].dims}: transpose it to ('spectrum', 'wavelength')")
         _check(ds[name].dtype == np.float32, f"{name} is {ds[name].dtype}: cast it with .astype('float32')")
-    _check_wavelength(ds); _check_ids(ds)
+    _check_wavelength(ds); _check_ids(ds); _check_names(ds)
     return ds
 
 # %% ../nbs/01_spectra.ipynb #7bc525ed
@@ -292,7 +298,7 @@ def make_latents(
     except ValueError as e: raise ContractError(f"latents do not fit together: {e}") from e
     return validate_latents(ds)
 
-# %% ../nbs/01_spectra.ipynb #07f5c34e
+# %% ../nbs/01_spectra.ipynb #5ecb8284
 def validate_latents(
     ds:xr.Dataset # latents
 ) -> xr.Dataset: # the same object
@@ -301,5 +307,5 @@ def validate_latents(
         _check(name in ds.variables, f"{name} is missing: build latents with make_latents")
         _check(ds[name].dims == dims, f"{name} has dimensions {ds[name].dims} instead of {dims}: transpose it")
     _check("latent" in ds.coords, "latent is missing: number the nodes with assign_coords(latent=range(n))")
-    _check_ids(ds)
+    _check_ids(ds); _check_names(ds)
     return ds

@@ -274,3 +274,25 @@ def test_many_spectra_join_quickly():
     assert time.perf_counter() - start < 20
     assert np.array_equal(by_name.teff.values, table.teff.values[star])
     assert np.array_equal(by_place.teff.values, table.teff.values[star])
+
+
+@pytest.mark.parametrize("as_latents", [False, True])
+def test_printed_column_names_survive_a_store(tmp_path, as_latents):
+    from specnb.spectra import make_latents, make_spectra, open_store, save_store
+    table = pd.DataFrame({"star": ["HD 1", "HD 2"], "[Fe/H]": [-0.3, 0.1], "log g": [4.4, 2.5], "Teff": [5777., 4800.]})
+    ds = make_spectra(np.ones((2, 50)), np.ones((2, 50)), np.linspace(5000, 5010, 50), ["a", "b"], medium="air", frame="rest", coords={"object": ["HD 2", "HD 1"]})
+    if as_latents: ds = make_latents(np.ones((2, 3)), coords_from=ds)
+    back = open_store(save_store(join_labels(ds, table), tmp_path / "s.zarr"))
+    assert set(back.spec.labels) == {"Fe_H", "log_g", "Teff"}
+    assert np.array_equal(back.Fe_H, [0.1, -0.3]) and np.array_equal(back.log_g, [2.5, 4.4]) and np.array_equal(back.Teff, [4800, 5777])
+    assert back.Fe_H.attrs["long_name"] == "[Fe/H]" and back.log_g.attrs["long_name"] == "log g" and "long_name" not in back.Teff.attrs
+    assert back.Fe_H.attrs["source_column"] == "[Fe/H]"
+
+
+def test_column_names_that_would_become_one_are_refused():
+    table = pd.DataFrame({"star": ["HD 1"], "log g": [4.4], "log_g": [4.5], "%": [1.0]})
+    with pytest.raises(CatalogueError, match=r"columns \['log g', 'log_g'\] would all be called 'log_g'"): join_labels(spectra(["HD 1"]), table, columns=["log g", "log_g"])
+    with pytest.raises(CatalogueError, match="column '%' has no letter or digit"): join_labels(spectra(["HD 1"]), table, columns="%")
+    with pytest.raises(CatalogueError, match=r"have \['log_g'\] already"): join_labels(spectra(["HD 1"], log_g=[4.0]), table, columns="log g")
+    named = join_labels(spectra(["HD 1"]), table, columns={"log g": "gravity", "log_g": "other"})
+    assert float(named.gravity[0]) == 4.4 and float(named.other[0]) == 4.5

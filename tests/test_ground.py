@@ -207,3 +207,14 @@ def test_lazy_and_eager_preparation_agree(survey):
     recipe = PrepRecipe(wavelength_range=(5050, 5450), mask_ranges=((5100, 5110),), min_median=100, pad_to=600)
     lazy, eager = prepare(survey.chunk(spectrum=7, wavelength=100), recipe), prepare(survey, recipe)
     xr.testing.assert_allclose(lazy.compute(), eager)
+
+
+@pytest.mark.parametrize("name, mended", [("log g", "log_g"), ("[Fe/H]", "Fe_H"), ("a\tb", "a_b")])
+def test_a_name_that_a_store_would_lose_is_refused(tmp_path, name, mended):
+    from specnb.spectra import make_latents
+    ds = make_spectra(np.ones((2, 9)), np.ones((2, 9)), np.linspace(5000, 5001, 9), ["a", "b"], medium="air", frame="rest").assign_coords({name: ("spectrum", [1.0, 2.0])})
+    for bad, path in ((ds, tmp_path / "s.zarr"), (make_latents(np.ones((2, 2)), spectrum_id=["a", "b"]).assign_coords({name: ("spectrum", [1.0, 2.0])}), tmp_path / "l.zarr")):
+        with pytest.raises(ContractError) as caught: save_store(bad, path)
+        assert repr(name) in str(caught.value) and f"rename({{{name!r}: {mended!r}}})" in str(caught.value) and not path.exists()
+        save_store(bad.rename({name: mended}), path)
+        assert np.array_equal(open_store(path)[mended], [1.0, 2.0])
