@@ -11,6 +11,7 @@ RUN ?= demo
 
 .venv/ready: setup.py settings.ini constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'specnb needs Python 3.10 or newer, this is ' + sys.version"
+	@echo "Installing specnb and what it needs into .venv: some minutes the first time, without further words"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
