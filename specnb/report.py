@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['figure_svg', 'table_html', 'best_pairs', 'report_html', 'inspect_cells', 'inspect_notebook']
 
-# %% ../nbs/42_report.ipynb #8265b2d2
+# %% ../nbs/42_report.ipynb #f7109e00
 import json
 import re
 from html import escape
@@ -15,7 +15,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from .plots import dimensions_figure, history_figure, matrix_figure, node_name, one_spectrum, scatter_figure, spectrum_figure, traversal_figure
+from .plots import dimensions_figure, history_figure, matrix_figure, matrix_table, node_name, one_spectrum, scatter_figure, spectrum_figure, traversal_figure
 from .prep import prepare
 from .spectra import normalise
 from .traverse import response, traverse
@@ -59,10 +59,10 @@ def _section(title, words, *parts):
 # %% ../nbs/42_report.ipynb #9f6c1535
 def _fold(title, inside): return f"<details><summary>{escape(title)}</summary>{inside}</details>"
 
-# %% ../nbs/42_report.ipynb #6ae8dbb7
+# %% ../nbs/42_report.ipynb #3c2888db
 def best_pairs(
     association:xr.Dataset, # (latent, label)
-    n_most:int=4,           # pairs
+    n_most:int=6,           # pairs
     alpha:float=0.05,       # only pairs with q below
 )->list:                    # (node, label), strongest information first, each label once
     "The pairs worth a figure."
@@ -71,19 +71,45 @@ def best_pairs(
     table = table.sort_values("mi", ascending=False).drop_duplicates("label").head(n_most)
     return [(int(latent), str(label)) for latent, label in zip(table["latent"], table["label"])]
 
-# %% ../nbs/42_report.ipynb #445e40db
+# %% ../nbs/42_report.ipynb #05e7a6a3
+_FLAGS = {
+    "group_label": "one value a group (star), so the number of groups is the sample size, however many exposures there are",
+    "few_groups": "too few groups (stars) for a p-value to be trusted",
+    "constant": "the node or the label does not vary",
+    "repeats": "objects were observed more than once, yet every spectrum counted as independent",
+}
+
+def _flag_words(findings):
+    if findings is None or "flag" not in findings: return ""
+    there = {word for flags in findings["flag"].dropna().astype(str) for word in flags.split(";")}
+    told = [f"<b>{name}</b>: {words}" for name, words in _FLAGS.items() if name in there]
+    return f"<p class='note'>{'; '.join(told)}.</p>" if told else ""
+
+# %% ../nbs/42_report.ipynb #bd969d79
+def _matrices(association, dimensions):
+    shown = [name for name in ("spearman", "mi") if name in association]
+    known = np.any([np.isfinite(association[name]).any("latent") for name in shown], axis=0) if shown else np.zeros(association.sizes["label"], bool)
+    if not known.any(): return []
+    kept = association.isel(label=np.flatnonzero(known))
+    table = matrix_table(kept, shown[-1], dimensions)
+    kept = kept.sel(latent=list(dict.fromkeys(table["latent"])), label=list(dict.fromkeys(table["label"])))
+    titled = association.sel(latent=[*kept["latent"].values, *np.setdiff1d(association["latent"], kept["latent"])], label=kept["label"])
+    return [figure_svg(matrix_figure(titled, name, dimensions, order="number"), f"matrix-{name}") for name in shown]
+
+# %% ../nbs/42_report.ipynb #69e7eea6
 def _related_section(association, dimensions, findings):
     if association is None or not association.sizes.get("label"): return ""
     words = ("Each cell relates a node to a label. Rank correlation sees monotone relations, mutual information any. "
              "A star marks q &lt; 0.05, the false-discovery rate over the whole matrix, from permuting whole groups (stars) rather than exposures.")
-    table = "" if findings is None else table_html(findings)
-    figures = [figure_svg(matrix_figure(association, statistic, dimensions), f"matrix-{statistic}") for statistic in ("spearman", "mi") if statistic in association]
+    table = "" if findings is None else table_html(findings) + _flag_words(findings)
     full = _fold("All pairs of node and label", table_html(association.to_dataframe().reset_index()))
-    return _section("What the nodes follow", words, table, *figures, full)
+    return _section("What the nodes follow", words, table, *_matrices(association, dimensions), full)
 
-# %% ../nbs/42_report.ipynb #974b0e1f
-def _scatter_section(latents, association):
-    pairs = [] if association is None else [(node, label) for node, label in best_pairs(association) if label in latents.coords]
+# %% ../nbs/42_report.ipynb #768d118c
+def _scatter_section(latents, association, dimensions=None):
+    if association is None or not association.sizes.get("label"): return ""
+    kept = association.sel(latent=np.unique(matrix_table(association, "mi", dimensions)["latent"]))
+    pairs = [(node, label) for node, label in best_pairs(kept) if label in latents.coords]
     figures = [figure_svg(scatter_figure(latents, label, node), f"scatter-{i}") for i, (node, label) in enumerate(pairs)]
     words = "The strongest significant relation of each label, one point a spectrum, with the running median and the central 68&nbsp;%."
     return _section("The clouds behind the numbers", words, f"<div class='grid'>{''.join(f'<figure>{part}</figure>' for part in figures)}</div>" if figures else "")
@@ -151,7 +177,7 @@ def _config_section(config):
     if not config: return ""
     return _section("How to repeat it", "The settings of this run, as in its config.json.", _fold("config.json", f"<pre>{escape(json.dumps(config, indent=1, default=str))}</pre>"))
 
-# %% ../nbs/42_report.ipynb #5460eebf
+# %% ../nbs/42_report.ipynb #330a5352
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d232b;--page:#fdfdfc;--soft:#5b6673;--line:#d9dde2;--band:#f2f4f6;--accent:#0063a0}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e8ec;--page:#14181d;--soft:#9aa5b1;--line:#333b45;--band:#1d232a;--accent:#6db8ec}}
@@ -163,10 +189,16 @@ figure{margin:1rem 0}svg{max-width:100%;height:auto;color:var(--ink)}svg text{fi
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr));gap:1rem}.scroll{overflow-x:auto;margin:1rem 0}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}th,td{padding:.28rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th{color:var(--soft);font-weight:600}tbody tr:nth-child(even){background:var(--band)}th:first-child,td:first-child{text-align:left}
-summary{cursor:pointer;color:var(--accent)}pre{overflow-x:auto;background:var(--band);padding:.8rem;font-size:.82rem}
+p.note{font-size:.86rem;color:var(--soft)}summary{cursor:pointer;color:var(--accent)}pre{overflow-x:auto;background:var(--band);padding:.8rem;font-size:.82rem}
 """
 
-# %% ../nbs/42_report.ipynb #46785ebc
+# %% ../nbs/42_report.ipynb #0de51f49
+def _judged_on(latents, split):
+    if split != "all" and "split" not in latents.coords: return split
+    n = latents.sizes["spectrum"]
+    return f"{n if split == 'all' else int((latents['split'] == split).sum()):,} of {n:,} ({split})"
+
+# %% ../nbs/42_report.ipynb #ec68b34b
 def _facts(latents, dimensions, decode, wavelength, split):
     facts = {"spectra": f"{latents.sizes['spectrum']:,}"}
     if "object" in latents.coords: facts["objects"] = f"{len(np.unique(latents['object'].values.astype(str))):,}"
@@ -176,7 +208,7 @@ def _facts(latents, dimensions, decode, wavelength, split):
         grid = np.asarray(wavelength, float)
         facts["pixels"] = f"{len(grid):,}"
         facts["wavelength [Å]"] = f"{grid[0]:.0f}–{grid[-1]:.0f}"
-    if split: facts["spectra in the statistics"] = str(split)
+    if split: facts["spectra in the statistics"] = _judged_on(latents, split)
     return "".join(f"<span><b>{escape(value)}</b>{escape(name)}</span>" for name, value in facts.items())
 
 # %% ../nbs/42_report.ipynb #ca59d996
@@ -187,7 +219,7 @@ def _document(title, facts, sections):
             f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><div class='facts'>{facts}</div><nav>{links}</nav>"
             f"{''.join(sections)}</body></html>\n")
 
-# %% ../nbs/42_report.ipynb #c386d1ba
+# %% ../nbs/42_report.ipynb #c1993c1b
 def report_html(
     *,
     latents:xr.Dataset,          # `mean` (spectrum, latent), with labels as coordinates
@@ -204,7 +236,7 @@ def report_html(
     title:str="run",             # of the page
 )->str:                          # a complete HTML document
     "The findings of a run as one self-contained page."
-    parts = [_related_section(association, dimensions, findings), _scatter_section(latents, association), _dimension_section(dimensions),
+    parts = [_related_section(association, dimensions, findings), _scatter_section(latents, association, dimensions), _dimension_section(dimensions),
              _traversal_section(latents, dimensions, decode, wavelength), _spectrum_section(latents, spectra, recipe, decode), _history_section(history),
              _config_section(config)]
     return _document(title, _facts(latents, dimensions, decode, wavelength, split), [part for part in parts if part])

@@ -220,6 +220,37 @@ def test_report_needs_no_more_than_latents_and_repeats_itself(toy):
     assert report.report_html(latents=toy[1]).count("<section") == 0
 
 
+def test_report_says_what_the_flags_mean_and_of_how_many_spectra_it_speaks(toy):
+    spectra, latents, pairs, dims, decode = toy
+    sides = latents.assign_coords(split=("spectrum", ["test"] * 7 + ["train"] * 33))
+    table = pd.DataFrame({"label": ["teff", "radial_velocity"], "flag": ["few_groups;group_label", ""]})
+    page = report.report_html(latents=sides, association=pairs, dimensions=dims, findings=table, split="test")
+    assert "<b>7 of 40 (test)</b>" in page and re.findall(r"<b>(\w+)</b>:", page) == ["group_label", "few_groups"]
+    plain = report.report_html(latents=latents, association=pairs, findings=table.assign(flag=""), split="test")
+    assert "<b>test</b>" in plain and "class='note'" not in plain
+
+
+def test_both_matrices_of_a_report_have_the_same_rows_and_columns(toy):
+    spectra, latents, pairs, dims, decode = toy
+    pairs = pairs.reindex(label=["empty", "radial_velocity", "teff"])          # a column without any value
+    pairs["mi"][:, 2] = [0.1, 3.0, np.nan]                                       # information puts teff first, correlation last
+    page = report.report_html(latents=latents, association=pairs, dimensions=dims)
+    drawings = [re.findall(r">(node \d|empty|teff|radial velocity)</text>", part) for part in re.findall(r"<svg.*?</svg>", page, flags=re.S)[:2]]
+    assert drawings == [["teff", "radial velocity", "node 1", "node 0"]] * 2
+    assert "empty" not in re.sub("<details>.*?</details>", "", page, flags=re.S)
+    nothing = report.report_html(latents=latents, association=pairs[["spearman", "mi"]] * np.nan, dimensions=dims)
+    assert "All pairs" in nothing and "matrix-" not in nothing
+
+
+def test_report_shows_up_to_six_clouds(toy):
+    spectra, latents, pairs, dims, decode = toy
+    names = [f"label_{i}" for i in range(8)]
+    many = pairs.isel(label=[0] * 8).assign_coords(label=names)
+    carried = latents.assign_coords({name: latents.radial_velocity for name in names})
+    page = report.report_html(latents=carried, association=many, dimensions=dims)
+    assert set(re.findall(r"id='?\"?(scatter-\d)-figure", page)) == {f"scatter-{i}" for i in range(6)}
+
+
 def test_report_of_a_diverged_training_shows_the_rest(toy):
     spectra, latents, pairs, dims, decode = toy
     page = report.report_html(latents=latents * np.nan, dimensions=dims, decode=decode, wavelength=spectra.wavelength, spectra=spectra, history=pd.DataFrame({"epoch": [0, 1], "train_loss": [2., 1.]}))
