@@ -66,7 +66,7 @@ def download(
     "Search ESO's archive for reduced spectra and download them; resumes a download that was cut."
     typer.echo(_run_module().download(folder, target, instrument=instrument, limit=limit, dry_run=dry_run))
 
-# %% ../nbs/51_cli.ipynb #85851143
+# %% ../nbs/51_cli.ipynb #6d84789c
 @app.command()
 def ingest(
     paths:Annotated[List[Path], typer.Argument(help="FITS files, folders (searched through), or patterns.")],
@@ -75,10 +75,13 @@ def ingest(
     stop:Annotated[Optional[float], typer.Option(help="Last wavelength of the grid [Angstrom].")]=None,
     n_pixels:Annotated[Optional[int], typer.Option(help="Logarithmic pixels of the grid; needs --start and --stop.")]=None,
     step:Annotated[Optional[float], typer.Option(help="Width of a linear pixel [Angstrom]; needs --start and --stop.")]=None,
+    medium:Annotated[Optional[str], typer.Option(help="Medium of the store, air or vacuum; needs a grid. Default: that of most files.")]=None,
+    frame:Annotated[Optional[str], typer.Option(help="Frame of the store, barycentric, topocentric or rest; needs a grid. Default: that of most files.")]=None,
+    min_coverage:Annotated[float, typer.Option(help="Least part of the grid that a spectrum must fill, 0 to 1.")]=0.,
     n_workers:Annotated[Optional[int], typer.Option(help="Processes; default: one a core.")]=None,
 ):
     "Read spectra of any known layout into one store on one grid; files that cannot be read are listed with the reason."
-    report = _run_module().ingest(paths, store, start=start, stop=stop, n_pixels=n_pixels, step=step, n_workers=n_workers)
+    report = _run_module().ingest(paths, store, start=start, stop=stop, n_pixels=n_pixels, step=step, medium=medium, frame=frame, min_coverage=min_coverage, n_workers=n_workers)
     typer.echo(report)
 
 # %% ../nbs/51_cli.ipynb #6d30998a

@@ -8,9 +8,9 @@ __all__ = ['SUFFIXES', 'find_files', 'shuffled', 'StoreError', 'Grid', 'choose_g
            'publish', 'duplicate_of', 'rows_in_order', 'check_store', 'verify_store', 'repair_after_power_loss',
            'open_manifest', 'probe_grid', 'create_manifest', 'IngestReport', 'refusal_table', 'usual_workers', 'ingest']
 
-# %% ../nbs/12_ingest.ipynb #25a5f841
+# %% ../nbs/12_ingest.ipynb #4ff0189e
 import base64, contextlib, hashlib, json, multiprocessing, os, pickle, shutil, signal, threading, warnings, zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +26,7 @@ import xarray as xr
 from fastcore.basics import patch
 from numba import njit
 from tqdm.auto import tqdm
+from zarr import open_array
 from zarr.storage import MemoryStore
 
 from .fits import SpectrumError, SpectrumParts, parts_of, read_parts, register_reader, registered_readers
@@ -119,7 +120,14 @@ def choose_grid(
     "Common grid of some spectra, in the medium and the frame of the most."
     return _common_grid([_extent(ds) for ds in spectra])
 
-# %% ../nbs/12_ingest.ipynb #d834875b
+# %% ../nbs/12_ingest.ipynb #1ccd55dd
+def _frame_told(parts):
+    "What frame a file is in, and how that is known where it is a guess."
+    notes = [n for n in str(parts.coords.get("guess", "")).split("; ") if n.startswith("guess: frame")]
+    if not notes: return f"its frame is {parts.frame}"
+    why = notes[0].partition(", ")[2]
+    return f"its frame is taken to be {parts.frame}, {why if why.startswith(('as ', 'since ')) else 'since ' + why}"
+
 def match_medium(
     spectrum, # SpectrumParts, or a Dataset of one spectrum
     grid:Grid, # the store's grid
@@ -132,7 +140,8 @@ def match_medium(
         berv = float(here.coords.get("berv", np.nan))
         if "rest" in (here.frame, grid.frame) or not np.isfinite(berv):
             why = "the star's velocity is not known here" if "rest" in (here.frame, grid.frame) else "it has no berv"
-            raise SpectrumError(path, f"its frame is {here.frame}, the store's {grid.frame}, and {why}", "state its frame by read_options, or use a store of its own")
+            raise SpectrumError(path, f"{_frame_told(here)}, the store's is {grid.frame}, and {why}",
+                                f"state its frame by read_options, or make a store in its frame (--frame {here.frame}, with --start, --stop, and --n-pixels or --step)")
         wave = wave*(doppler_factor(berv) if grid.frame == "barycentric" else 1/doppler_factor(berv))
     if here.medium == grid.medium: return wave
     return air_to_vacuum(wave) if grid.medium == "vacuum" else vacuum_to_air(wave)
@@ -751,21 +760,32 @@ def open_manifest(
     check_store(store, manifest)
     return manifest
 
-# %% ../nbs/12_ingest.ipynb #e13a3d8c
+# %% ../nbs/12_ingest.ipynb #1582f428
+def _probe(files, n_good, read_options):
+    "Extents of the first good files."
+    good = []
+    for path in files:
+        try: good.append(_extent(read_parts(path, **read_options)[0]))
+        except (SpectrumError, OSError): continue
+        if len(good) == n_good: break
+    return good
+
 def probe_grid(
     files:Iterable, # of Path, in the order of ingest
     n_good:int=16, # how many good files to look at
     **read_options, # for `read_spectrum`
 ) -> Grid|None: # None if no file can be read
     "Choose a grid from the first good files."
-    good = []
-    for path in files:
-        try: good.append(_extent(read_parts(path, **read_options)[0]))
-        except (SpectrumError, OSError): continue
-        if len(good) == n_good: break
+    good = _probe(files, n_good, read_options)
     return _common_grid(good) if good else None
 
-# %% ../nbs/12_ingest.ipynb #af6e4eb9
+def _given_grid(wavelength, files, read_options):
+    "The grid asked for; medium and frame, where it does not state them, are those of most of the first good files."
+    attrs, usual = getattr(wavelength, "attrs", {}), ("air", "barycentric")
+    if not {"medium", "frame"} <= set(attrs) and (good := _probe(files, 16, read_options)): usual = Counter(e[:2] for e in good).most_common(1)[0][0]
+    return _requested(wavelength, Grid(np.asarray(wavelength, float), *usual))
+
+# %% ../nbs/12_ingest.ipynb #0f0608f7
 def create_manifest(
     store:str|Path, # the store to be
     files:list, # of Path, in the order of ingest
@@ -775,16 +795,20 @@ def create_manifest(
     packed:bool|None=None, # float16 in place of float32
 ) -> Manifest|None: # None if no grid is given and no file can be read
     "Start a store: fix its grid and write its manifest. Raises ValueError for a bad grid."
-    attrs = getattr(wavelength, "attrs", {})
-    if wavelength is not None and {"medium", "frame"} <= set(attrs): grid = Grid(np.asarray(wavelength, float), attrs["medium"], attrs["frame"])
-    else: grid = probe_grid(files, 16 if wavelength is None else 1, **(read_options or {}))
-    if wavelength is not None: grid = _requested(wavelength, grid or Grid(np.asarray(wavelength, float), "air", "barycentric"))
+    grid = probe_grid(files, **(read_options or {})) if wavelength is None else _given_grid(wavelength, files, read_options or {})
     if grid is None: return None
     path = _beside(store, ".manifest.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     return new_manifest(path, grid, chunk_rows or max(1, min(4_000_000//grid.wavelength.size, max(16, len(files)), 4096)), bool(packed))
 
-# %% ../nbs/12_ingest.ipynb #7b1ce319
+# %% ../nbs/12_ingest.ipynb #00d1fc65
+def _told(report):
+    "Lines on rows that are mostly empty, and on the three commonest reasons of refusal."
+    if report.n_sparse: yield f"{report.n_sparse} of {report.n_rows} rows cover less than half of the grid (coordinate coverage); min_coverage (--min-coverage) refuses such files"
+    kinds = report.refused.reason.astype(str).str.replace(r"\d[\d.]*", "#", regex=True)
+    for kind, n in kinds.value_counts().head(3).items(): yield f"  {n} refused: {report.refused.reason[kinds == kind].iloc[0]}"
+    if len(kinds): yield f"The whole list, with what mends each, is in {_beside(report.store, '.refusals.csv').name} beside the store."
+
 @dataclass(frozen=True, repr=False)
 class IngestReport:
     "What `ingest` did."
@@ -793,10 +817,11 @@ class IngestReport:
     n_known: int # files that were rows already
     n_rows: int # rows of the store now
     refused: pd.DataFrame # file, reason, mend, error: of the files of this call
+    n_sparse: int = 0 # rows of the store that cover less than half of the grid
 
     def __repr__(self) -> str:
         known = f", {self.n_known} known already" if self.n_known else ""
-        return f"{self.n_read} spectra read{known}, {len(self.refused)} files refused; {self.store.name} has {self.n_rows} rows"
+        return "\n".join([f"{self.n_read} spectra read{known}, {len(self.refused)} files refused; {self.store.name} has {self.n_rows} rows", *_told(self)])
 
     def open(self) -> xr.Dataset:
         "The store, lazily."
@@ -865,11 +890,11 @@ def _nothing(store, files, read_options):
     _write_atomically(_beside(store, ".refusals.csv"), table.to_csv(index=False).encode())
     return IngestReport(store, 0, 0, 0, table)
 
-# %% ../nbs/12_ingest.ipynb #a0adbf0f
+# %% ../nbs/12_ingest.ipynb #a2b0a6e2
 def ingest(
     paths, # files, folders (searched with subfolders) or patterns
     store:str|Path, # Zarr store to make or to add to
-    wavelength=None, # (wavelength,) grid [Angstrom], medium and frame in its attrs; None: the store's, or from the first good files
+    wavelength=None, # (wavelength,) grid [Angstrom], medium and frame in its attrs or else those of most files; None: the store's, or from the first good files
     *, min_coverage:float=0., # least part of the grid that a spectrum must fill
     n_workers:int|Executor|None=None, # processes; None: one per core for many files; 0 or 1: this process; or an Executor
     append:bool=True, # add to a store that exists, and resume an interrupted one
@@ -888,4 +913,5 @@ def ingest(
         todo = [f for f in files if not _is_known(manifest, f)]
         n_new = _run(store, manifest, todo, options | dict(min_coverage=min_coverage, packed=manifest.packed), n_workers, progress)
     refused = {str(f): manifest.refused[str(f)] for f in files if str(f) in manifest.refused}
-    return IngestReport(store, n_new, len(files) - n_new - len(refused), manifest.n_rows, refusal_table(refused))
+    n_sparse = int((open_array(store/"coverage", mode="r")[:] < .5).sum()) if manifest.n_rows else 0
+    return IngestReport(store, n_new, len(files) - n_new - len(refused), manifest.n_rows, refusal_table(refused), n_sparse)

@@ -7,7 +7,7 @@ __all__ = ['RunError', 'Run', 'open_run', 'simulate', 'wanted_grid', 'ingest', '
            'findings', 'write_pages', 'read_dropped', 'save_selection', 'write_votable', 'inspect_app', 'inspect',
            'repeat', 'demo', 'summary', 'download']
 
-# %% ../nbs/50_run.ipynb #7c6019a6
+# %% ../nbs/50_run.ipynb #2ccec1f8
 import io, json, os, platform, shutil, warnings
 from functools import cached_property
 from hashlib import sha256
@@ -23,7 +23,7 @@ from .dims import informative_nodes
 from .prep import PrepRecipe, split_by_object
 from .report import inspect_notebook, report_html
 from .simulate import FACTORS, sample_factors, sample_survey, simulate as simulate_spectra
-from .spectra import fingerprint, make_spectra, open_store, save_store
+from .spectra import FRAMES, MEDIA, fingerprint, make_spectra, open_store, save_store
 from .wave import linear_grid, log_grid
 
 # %% ../nbs/50_run.ipynb #a369e761
@@ -127,29 +127,37 @@ def simulate(
     survey = sample_survey(n_stars, exposures, seed, grid, random_labels=random_labels)
     return save_store(survey.assign_attrs(made), store, overwrite=overwrite)
 
-# %% ../nbs/50_run.ipynb #b0692b11
+# %% ../nbs/50_run.ipynb #bfe12d43
 def wanted_grid(
     start:float=None, stop:float=None, # first and last wavelength [Angstrom]
     n_pixels:int=None, # of a logarithmic grid
-    step:float=None # of a linear grid [Angstrom]
-) -> np.ndarray: # (wavelength,) [Angstrom], or None if nothing was asked for
+    step:float=None, # of a linear grid [Angstrom]
+    medium:str=None, frame:str=None # of the store; None: those of most of the files
+) -> xr.DataArray: # (wavelength,) [Angstrom], attrs medium and frame where they were asked for; or None if nothing was
     "The grid that these words describe; `ValueError` if they do not fit together."
-    if start is None and stop is None and n_pixels is None and step is None: return None
+    said = {k: v for k, v in dict(medium=medium, frame=frame).items() if v is not None}
+    for key, value in said.items():
+        if value not in (known := dict(medium=MEDIA, frame=FRAMES)[key]): raise ValueError(f"{key} is {value!r}: give one of {', '.join(known)}")
+    if start is None and stop is None and n_pixels is None and step is None:
+        if said: raise ValueError(f"{' and '.join(said)} of a store can be stated together with its grid only: give start, stop, and one of n_pixels (logarithmic) or step (linear)")
+        return None
     if start is None or stop is None or (n_pixels is None) == (step is None): raise ValueError("a grid needs start, stop, and one of n_pixels (logarithmic) or step (linear)")
-    return log_grid(start, stop, n_pixels) if step is None else linear_grid(start, stop, step)
+    return xr.DataArray(log_grid(start, stop, n_pixels) if step is None else linear_grid(start, stop, step), dims="wavelength", attrs=said)
 
-# %% ../nbs/50_run.ipynb #1984ac91
+# %% ../nbs/50_run.ipynb #d35bf0e7
 def ingest(
     paths, # files, folders or patterns
     store, # Zarr store to write or to add to
     *,
     start:float=None, stop:float=None, n_pixels:int=None, step:float=None, # the grid, as in `wanted_grid`; default: the store's, or chosen from the files
+    medium:str=None, frame:str=None, # of the store, with a grid; default: those of most of the files
+    min_coverage:float=0., # least part of the grid that a spectrum must fill
     n_workers:int=None, # processes; None: one a core
     progress:bool=True # show a bar
 ) -> object: # `IngestReport` of `specnb.ingest`: how many were read, and which were refused and why
     "Read spectra into one store on one grid; a broken file never stops the others."
     from specnb.ingest import ingest as ingest_spectra
-    return ingest_spectra(paths, store, wanted_grid(start, stop, n_pixels, step), n_workers=n_workers, progress=progress)
+    return ingest_spectra(paths, store, wanted_grid(start, stop, n_pixels, step, medium, frame), min_coverage=min_coverage, n_workers=n_workers, progress=progress)
 
 # %% ../nbs/50_run.ipynb #2b0cb6b0
 _PACKAGES = ("specnb", "torch", "fastai", "numpy", "xarray", "zarr", "scikit-learn", "numba", "holoviews", "panel", "astropy")

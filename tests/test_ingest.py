@@ -594,3 +594,46 @@ def test_products_of_one_exposure_meet_once(shared_data, tmp_path):
     assert report.n_rows + len(report.refused) == 195 and counts["Duplicate"] == 3 and counts["NotASpectrum"] == 2
     ds = report.open()
     assert len(set(ds.exposure.values)) == ds.sizes["spectrum"]
+
+
+def test_medium_and_frame_of_a_bare_grid_are_those_of_most_files(tmp_path):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    write_adp(star(0, frame="topocentric", berv=np.nan), folder / "a000.fits")
+    for i in range(1, 5): write_adp(star(i), folder / f"b{i:03d}.fits")
+    grid = linear_grid(5001, 5014, .02)
+    report = ingest(folder, tmp_path / "n.zarr", grid, progress=False, seed=None)
+    assert report.open().wavelength.attrs["frame"] == "barycentric" and names(report) == ["a000.fits"] and report.n_rows == 4
+    assert np.array_equal(report.open().wavelength, grid)
+
+
+def test_a_frame_that_was_guessed_is_told_as_a_guess(tmp_path):
+    from astropy.io import fits
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for i in range(3): write_adp(star(i), folder / f"b{i}.fits")
+    fits.writeto(folder / "plain.fits", 100 + np.random.default_rng(0).normal(0, 1, 800).astype("f4"), fits.Header({"CRVAL1": 5000., "CDELT1": .02, "CRPIX1": 1., "CUNIT1": "Angstrom"}))
+    write_adp(star(9, frame="topocentric", berv=np.nan), folder / "stated.fits")
+    report = ingest(folder, tmp_path / "n.zarr", progress=False)
+    told = {name: (reason, mend) for name, reason, mend in zip(names(report), report.refused.reason, report.refused.mend)}
+    assert set(told) == {"plain.fits", "stated.fits"}
+    assert told["plain.fits"][0] == "its frame is taken to be topocentric, since the header names no frame, the store's is barycentric, and it has no berv"
+    assert told["stated.fits"][0] == "its frame is topocentric, the store's is barycentric, and it has no berv"
+    assert all("read_options" in mend and "--frame topocentric" in mend for _, mend in told.values())
+
+
+def test_the_report_tells_of_thin_rows_and_of_the_commonest_refusals(tmp_path):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for i in range(3): write_adp(star(i), folder / f"a{i}.fits")
+    write_adp(star(3, n=200), folder / "short.fits")
+    for i in range(3): write_adp(star(10 + i, start=6000. + 7 * i), folder / f"far{i}.fits")
+    for i in range(2): (folder / f"empty{i}.fits").touch()
+    grid = linear_grid(5000, 5015.9, .02)
+    text = repr(ingest(folder, tmp_path / "n.zarr", grid, progress=False))
+    assert "1 of 4 rows cover less than half of the grid" in text and "--min-coverage" in text
+    first, second = [line for line in text.splitlines() if " refused: " in line]
+    assert first.startswith("  3 refused: it covers 60") and second == "  2 refused: the file is empty (0 bytes)" and "n.refusals.csv" in text
+    strict = ingest(folder, tmp_path / "m.zarr", grid, progress=False, min_coverage=.5)
+    assert strict.n_rows == 3 and strict.n_sparse == 0 and "short.fits" in names(strict) and "less than half" not in repr(strict)
+    assert repr(ingest(folder / "a0.fits", tmp_path / "k.zarr", progress=False)) == "1 spectra read, 0 files refused; k.zarr has 1 rows"

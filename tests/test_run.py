@@ -219,3 +219,22 @@ def test_a_catalogue_joins_at_the_analysis_and_headers_stand_in_for_labels(made,
     assert main([*words, "--catalogue", str(tmp_path / "stars.csv")]) == 0 and set(pd.read_csv(run / "association.csv").label) == {"colour"}
     assert open_run(run).latents.colour.attrs["role"] == "label"
     assert main([*words, "--catalogue", str(tmp_path / "none.csv")]) == 1 and "none.csv" in capsys.readouterr().err
+
+
+def test_medium_frame_and_coverage_of_a_store_can_be_asked_for_from_a_shell(tmp_path, capsys):
+    from specnb.eso import write_adp
+    from specnb.simulate import sample_survey
+    from specnb.wave import linear_grid
+    (tmp_path / "raw").mkdir()
+    survey = sample_survey(3, 1, 0, linear_grid(5000, 5100, 0.05))
+    for i in range(3): write_adp(survey.isel(spectrum=[i]).sel(wavelength=slice(5000, 5100 if i else 5030)), tmp_path / "raw" / f"{i}.fits")
+    words = lambda name, *more: ["ingest", str(tmp_path / "raw"), "--store", str(tmp_path / name), *more]
+    grid = ["--start", "5001", "--stop", "5099", "--step", "0.05"]
+    assert main(words("a.zarr", *grid, "--medium", "vacuum", "--frame", "topocentric")) == 0
+    assert "1 of 3 rows cover less than half of the grid" in capsys.readouterr().out
+    assert open_store(tmp_path / "a.zarr").wavelength.attrs == dict(units="Angstrom", medium="vacuum", frame="topocentric")
+    assert main(words("b.zarr", *grid, "--min-coverage", "0.5")) == 0 and open_store(tmp_path / "b.zarr").sizes["spectrum"] == 2
+    told = capsys.readouterr().out
+    assert "1 refused: it covers 5000.0-5030.0" in told and "b.refusals.csv" in told
+    assert main(words("c.zarr", "--frame", "topocentric")) == 1 and "together with its grid only: give start, stop" in capsys.readouterr().err
+    assert main(words("c.zarr", *grid, "--medium", "water")) == 1 and "give one of air, vacuum" in capsys.readouterr().err
