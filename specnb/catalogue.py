@@ -225,14 +225,14 @@ _COLUMN_NAMES = dict(ra=("ra", "ra_icrs", "_raj2000", "raj2000", "ra_j2000", "ra
     object=("object", "name", "star", "target", "main_id", "object_name", "target_name", "id"),
     spectrum_id=("spectrum_id", "dp_id", "dp", "id", "obsid", "file", "filename", "source_file"))
 
-# %% ../nbs/13_catalogue.ipynb #9b96cc02
+# %% ../nbs/13_catalogue.ipynb #6a968742
 def _column(table, role, chosen=None, required=True):
     "Name of the column that plays a role, chosen or found."
     if chosen is not None and chosen in table.columns: return chosen
     lower = {str(c).lower(): c for c in reversed(table.columns)}
     found = next((lower[n] for n in (_COLUMN_NAMES.get(role, (role,)) if chosen is None else ()) if n in lower), None)
     if found is None and required:
-        raise CatalogueError(f"{table.attrs.get('source', 'table')}: no column {chosen or role!r}; columns are {list(table.columns)[:20]}. Name it with `{'table_key' if role not in _COLUMN_NAMES or role in ('object', 'spectrum_id') else role}=`")
+        raise CatalogueError(f"{table.attrs.get('source', 'table')}: no column {chosen or role!r}; columns are {list(table.columns)[:20]}. Name it with {'`table_key=` (--table-key)' if role not in _COLUMN_NAMES or role in ('object', 'spectrum_id') else f'`{role}=`'}")
     return found
 
 # %% ../nbs/13_catalogue.ipynb #679c97dd
@@ -407,11 +407,11 @@ def _label_names(ds, table, columns, overwrite, matching):
         raise CatalogueError(f"the spectra have {taken} already; rename, as in columns={{{taken[0]!r}: '{taken[0]}_catalogue'}}, or say overwrite=True")
     return names
 
-# %% ../nbs/13_catalogue.ipynb #7ee8af2e
+# %% ../nbs/13_catalogue.ipynb #7d7fa4e6
 def _no_match(report):
     "Message for a join in which no key fits, with examples of both sides and the mend."
     here = [k for k in dict.fromkeys(report.key) if k][:5]
-    mend = {"position": "check units (degrees?), epoch and radius", "object": "check `table_key` and `prefix`, or join on='position'"}.get(report.attrs["on"], "check `table_key`, or join on='object'")
+    mend = {"position": "check units (degrees?), epoch and radius", "object": "check `table_key` (--table-key) and `prefix`, or join on='position'"}.get(report.attrs["on"], "check `table_key` (--table-key), or join on='object'")
     return f"{report.attrs['source']}: none of {len(report)} spectra matches on {report.attrs['on']!r}; the spectra have {here}, the table has {report.attrs['offered']}; {mend}"
 
 # %% ../nbs/13_catalogue.ipynb #c5c6b3c8

@@ -133,7 +133,7 @@ def encode(
     "Encode a store to latents; goes on where it was interrupted."
     typer.echo(_run_module().encode(run, store, out=out, bs=bs, device=device))
 
-# %% ../nbs/51_cli.ipynb #ffe99871
+# %% ../nbs/51_cli.ipynb #06834176
 @app.command()
 def analyse(
     run:Annotated[Path, typer.Argument(help="Run folder.")],
@@ -141,12 +141,13 @@ def analyse(
     groups:Annotated[str, typer.Option(help="Exchangeable units of the null hypothesis: object, night, ...")]="object",
     catalogue:Annotated[Optional[Path], typer.Option(help="Table of labels to join first; default: labels of the store, or what headers tell.")]=None,
     on:Annotated[str, typer.Option(help="What the table is joined by: object, spectrum_id, position.")]="object",
+    table_key:Annotated[Optional[str], typer.Option(help="Column of the table that holds the key; default: one of a usual name.")]=None,
     n_permutations:Annotated[int, typer.Option(help="Permutations of the null.")]=999,
     seed:Annotated[int, typer.Option(help="Of permutations and subsamples.")]=0,
 ):
     "Which nodes are informative, and which labels they follow; writes the tables and the report."
     module = _run_module()
-    typer.echo(module.summary(module.analyse(run, split=split, groups=groups, catalogue=catalogue, on=on, n_permutations=n_permutations, seed=seed)))
+    typer.echo(module.summary(module.analyse(run, split=split, groups=groups, catalogue=catalogue, on=on, table_key=table_key, n_permutations=n_permutations, seed=seed)))
 
 # %% ../nbs/51_cli.ipynb #9e9ad689
 @app.command()

@@ -296,14 +296,24 @@ def _choose(latents, split):
     if not chosen.sizes["spectrum"]: raise RunError(f"no spectrum belongs to split {split!r}; there are {', '.join(np.unique(latents['split']))}: choose one of them, or 'all'")
     return chosen
 
-# %% ../nbs/50_run.ipynb #cd78fed8
-def _with_catalogue(opened, catalogue, on):
+# %% ../nbs/50_run.ipynb #fddc4857
+def _join_told(report, table):
+    "One line on a join: spectra that found a row, and the placeholders of the table that became NaN."
+    sentinels = {c: bad for c, bad in table.attrs["sentinels"].items() if table[c].dtype.kind == "f"}
+    cells = "; ".join(f"{column}: " + ", ".join(f"{value:g} ({n} times)" for value, n in bad.items()) for column, bad in sentinels.items())
+    ambiguous = f", {n} with more than one row" if (n := int((report.status == "ambiguous").sum())) else ""
+    return f"{table.attrs['source']}: matched {int(report.table_rows.map(bool).sum())} of {len(report)} spectra{ambiguous}; " + (f"placeholders turned into NaN in {cells}" if cells else "no placeholders found")
+
+def _with_catalogue(opened, catalogue, on, table_key=None):
     "The run with a table's labels joined to its latents, opened anew."
-    from specnb.catalogue import join_labels
-    save_store(join_labels(opened.latents, catalogue, on=on, overwrite=True), opened.path / "latents.zarr", overwrite=True)
+    from specnb.catalogue import _as_clean, join_labels, match_report
+    table = _as_clean(catalogue)
+    joined = join_labels(opened.latents, table, on=on, table_key=table_key, overwrite=True)
+    print(_join_told(match_report(opened.latents, table, on, table_key=table_key), table))
+    save_store(joined, opened.path / "latents.zarr", overwrite=True)
     return open_run(opened.path)
 
-# %% ../nbs/50_run.ipynb #c91c3c31
+# %% ../nbs/50_run.ipynb #8b161b8d
 def analyse(
     run, # run folder
     *,
@@ -311,11 +321,12 @@ def analyse(
     groups:str="object", # exchangeable units of the null hypothesis: "object", "night", ...
     labels=None, # names of coordinates; None: all labels and factors, and where there are none, what the headers tell
     catalogue=None, on:str="object", # table of labels to join to the latents first, and by what; see `join_labels`
+    table_key:str=None, # column of the table that holds the key; None: a usual name
     n_permutations:int=999, # of the null
     seed:int=0 # of permutations and subsamples
 ) -> Run: # the run, with its tables written
     "Judge nodes and their relation to labels; writes dimensions.csv, association.csv, report.html and inspect.ipynb."
-    opened = open_run(run) if catalogue is None else _with_catalogue(open_run(run), catalogue, on)
+    opened = open_run(run) if catalogue is None else _with_catalogue(open_run(run), catalogue, on, table_key)
     latents = _choose(opened.latents, split)
     judged = informative_nodes(latents, groups=groups, decode=opened.decode, seed=seed)
     related = association(latents, _header_labels(latents) if labels is None else labels, groups=groups, n_permutations=n_permutations, seed=seed)
@@ -510,19 +521,20 @@ def demo(
     step(6, "done"); print(summary(opened))
     return opened
 
-# %% ../nbs/50_run.ipynb #606f46bf
+# %% ../nbs/50_run.ipynb #1bfacefc
 def summary(
     opened:Run # a finished run
 ) -> str: # text
     "What a run found, and where to look."
     judged, found = opened.dimensions, findings(opened.association)
-    n, text = int(judged.informative.sum()), []
-    nodes = ", ".join(str(v) for v in judged.latent.values[judged.informative.values.astype(bool)])
-    text.append(f"{n} of {judged.sizes['latent']} nodes are informative: {nodes}")
+    nodes = judged.latent.values[judged.informative.values.astype(bool)].tolist()
+    text = [f"{len(nodes)} of {judged.sizes['latent']} nodes are informative: {', '.join(map(str, nodes)) or 'none'}"]
     for r in found.itertuples():
-        mark = "*" if r.q < 0.05 else " "
+        mark = ("*" if r.q < 0.05 else " ") + ("" if r.node in nodes else " (node not informative)")
         text.append(f"  {r.label:<16} node {r.node:<3} |Spearman| {abs(r.spearman):.3f}   MI {r.mi:5.2f} nat   q {r.q:.3f} {mark}")
     text.append("  (* significant at a false discovery rate of 5 % over the table)")
+    few = found.get("n_groups", pd.Series(dtype=float)); few = few[few < 20]
+    if len(few): text.append(f"{len(few)} of these labels are known for fewer than 20 independent stars (or groups), one for {int(few.min())}: too few to tell a relation from chance; a relation that is not found here may well exist.")
     text.append(f"Read {opened.path / 'report.html'}, open {opened.path / 'inspect.ipynb'} in JupyterLab, or run: specnb inspect {opened.path}")
     return "\n".join(text)
 

@@ -238,3 +238,39 @@ def test_medium_frame_and_coverage_of_a_store_can_be_asked_for_from_a_shell(tmp_
     assert "1 refused: it covers 5000.0-5030.0" in told and "b.refusals.csv" in told
     assert main(words("c.zarr", "--frame", "topocentric")) == 1 and "together with its grid only: give start, stop" in capsys.readouterr().err
     assert main(words("c.zarr", *grid, "--medium", "water")) == 1 and "give one of air, vacuum" in capsys.readouterr().err
+
+
+def test_a_join_at_the_analysis_tells_what_matched_and_what_became_nan(made, tmp_path, capsys):
+    "Printed column names arrive as labels, the key is named, and the line counts."
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    stars = np.unique(open_store(run / "latents.zarr").object)
+    kept = stars[:150]
+    metal, gravity = np.linspace(-1, 0.5, 150), np.linspace(1, 5, 150)
+    metal[:4] = -9999
+    pd.DataFrame({"my_star": kept, "name": "x", "[Fe/H]": metal, "log g": gravity}).to_csv(tmp_path / "stars.csv", index=False)
+    words = ["analyse", str(run), "--n-permutations", "19", "--catalogue", str(tmp_path / "stars.csv")]
+    assert main(words) == 1 and "--table-key" in capsys.readouterr().err
+    assert main([*words, "--table-key", "my_star"]) == 0
+    latents = open_run(run).latents
+    n = int(np.isin(latents.object, kept).sum())
+    assert f"stars.csv: matched {n} of {latents.sizes['spectrum']} spectra; placeholders turned into NaN in [Fe/H]: -9999 (4 times)\n" in capsys.readouterr().out
+    assert {"Fe_H", "log_g"} <= set(latents.spec.labels) and latents.Fe_H.attrs["long_name"] == "[Fe/H]"
+    assert np.isfinite(latents.log_g).sum() == n and {"Fe_H", "log_g"} <= set(pd.read_csv(run / "association.csv").label)
+
+
+def test_the_summary_says_when_nothing_is_informative_or_known_for_enough_stars(made, tmp_path):
+    from specnb.run import summary
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    judged, related = pd.read_csv(run / "dimensions.csv"), pd.read_csv(run / "association.csv")
+    best = findings(open_run(run).association).node[0]
+    judged["informative"] = judged.latent == best
+    judged.to_csv(run / "dimensions.csv", index=False)
+    lines = [line for line in summary(open_run(run)).splitlines() if "|Spearman|" in line]
+    assert all(line.endswith("(node not informative)") != (f"node {best} " in line) for line in lines) and len(lines) > 1
+    assert "independent stars" not in summary(open_run(run))
+    judged.assign(informative=False).to_csv(run / "dimensions.csv", index=False)
+    related.assign(n_groups=7).to_csv(run / "association.csv", index=False)
+    text = summary(open_run(run))
+    assert text.startswith(f"0 of {len(judged)} nodes are informative: none\n") and "fewer than 20 independent stars (or groups), one for 7: too few" in text
