@@ -760,15 +760,15 @@ def open_manifest(
     check_store(store, manifest)
     return manifest
 
-# %% ../nbs/12_ingest.ipynb #1582f428
+# %% ../nbs/12_ingest.ipynb #427fe8d5
 def _probe(files, n_good, read_options):
-    "Extents of the first good files."
-    good = []
+    "The first good files, one by one."
+    n = 0
     for path in files:
-        try: good.append(_extent(read_parts(path, **read_options)[0]))
+        try: found = read_parts(path, **read_options)[0]
         except (SpectrumError, OSError): continue
-        if len(good) == n_good: break
-    return good
+        yield found
+        if (n := n + 1) == n_good: return
 
 def probe_grid(
     files:Iterable, # of Path, in the order of ingest
@@ -776,13 +776,15 @@ def probe_grid(
     **read_options, # for `read_spectrum`
 ) -> Grid|None: # None if no file can be read
     "Choose a grid from the first good files."
-    good = _probe(files, n_good, read_options)
+    good = [_extent(parts) for parts in _probe(files, n_good, read_options)]
     return _common_grid(good) if good else None
 
 def _given_grid(wavelength, files, read_options):
     "The grid asked for; medium and frame, where it does not state them, are those of most of the first good files."
     attrs, usual = getattr(wavelength, "attrs", {}), ("air", "barycentric")
-    if not {"medium", "frame"} <= set(attrs) and (good := _probe(files, 16, read_options)): usual = Counter(e[:2] for e in good).most_common(1)[0][0]
+    if not {"medium", "frame"} <= set(attrs):
+        votes = Counter((parts.medium, parts.frame) for parts in _probe(files, 16, read_options))
+        usual = max(votes, key=votes.get, default=usual) # the first of them, if several have as many
     return _requested(wavelength, Grid(np.asarray(wavelength, float), *usual))
 
 # %% ../nbs/12_ingest.ipynb #0f0608f7

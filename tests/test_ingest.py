@@ -538,11 +538,21 @@ def test_fuzzed_files_never_stop_a_run(night, tmp_path, rng):
 
 
 def test_memory_stays_bounded(tmp_path):
-    "The peak above a small ingest is far below the size of the store."
-    for i in range(24): write_adp(star(i, n=60_000, step=.05, start=4000), tmp_path / f"s{i:02d}.fits")
-    code = "import sys, resource\nfrom specnb.ingest import ingest\nfrom pathlib import Path\nf = sorted(Path(sys.argv[1]).glob('*.fits'))\ningest(f[:2], sys.argv[1] + '/a.zarr', progress=False, chunk_rows=2)\nbase = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\ningest(f, sys.argv[1] + '/b.zarr', progress=False, chunk_rows=2)\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)"
+    "The peak above a small ingest is far below the size of the store, and does not grow with it."
+    for i in range(72): write_adp(star(i, n=60_000, step=.05, start=4000), tmp_path / f"s{i:02d}.fits")
+    code = """
+import sys, resource
+from pathlib import Path
+from specnb.ingest import ingest
+files, folder, peak = sorted(Path(sys.argv[1]).glob("*.fits")), sys.argv[1], []
+for n in (2, 24, 72):
+    ingest(files[:n], f"{folder}/{n}.zarr", progress=False, chunk_rows=2, n_workers=0)
+    peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak[1] - peak[0], peak[2] - peak[1])
+"""
     out, err = run(code, tmp_path).communicate(timeout=240)
-    assert err == "" and int(out) * 1024 < .4 * 24 * 60_000 * 8
+    above, growth = (int(kb)*1024 for kb in out.split())
+    assert err == "" and above + growth < .4*72*60_000*8 and growth < .1*48*60_000*8
 
 
 def test_a_worker_that_lives_on_takes_a_replaced_reader(tmp_path, monkeypatch):

@@ -79,12 +79,12 @@ def forget(files):
 
 
 def bench_speed(files, folder, rounds):
-    aligned, other = linear_grid(3782., 6910., .01), xr.DataArray(log_grid(3782., 6910., 312_501), attrs=dict(medium="air", frame="barycentric"))
+    aligned, other = (xr.DataArray(g, attrs=dict(medium="air", frame="barycentric")) for g in (linear_grid(3782., 6910., .01), log_grid(3782., 6910., 312_501)))
     stores = iter(range(10_000))
     new = lambda: folder / f"s{next(stores)}.zarr"
     def ours(grid, **kwargs): return lambda: ingest(files, new(), grid, progress=False, **{"n_workers": 0} | kwargs)
-    contestants = {"ours": ours(aligned), "ours, packed": ours(aligned, packed=True), "astropy + interp + zarr": lambda: rival(files, new(), aligned, True),
-                   "astropy + interp + zarr, uncompressed": lambda: rival(files, new(), aligned, False), "astropy + slice + zarr, uncompressed": lambda: rival(files, new(), aligned, False, True),
+    contestants = {"ours": ours(aligned), "ours, packed": ours(aligned, packed=True), "astropy + interp + zarr": lambda: rival(files, new(), aligned.values, True),
+                   "astropy + interp + zarr, uncompressed": lambda: rival(files, new(), aligned.values, False), "astropy + slice + zarr, uncompressed": lambda: rival(files, new(), aligned.values, False, True),
                    "ours, other pixels": ours(other), "astropy + interp + zarr, other pixels": lambda: rival(files, new(), other.values, True)}
     ingest(files[:3], new(), aligned, progress=False, n_workers=0); ingest(files[:3], new(), other, progress=False, n_workers=0); ingest(files[:3], new(), aligned, progress=False, n_workers=0, packed=True)
     seconds = {name: [] for name in contestants}
