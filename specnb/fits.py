@@ -288,7 +288,7 @@ def header_wavelength(
         grid = 10.**grid
     return grid, guesses
 
-# %% ../nbs/10_fits.ipynb #328d2bc0
+# %% ../nbs/10_fits.ipynb #3c06d4f8
 def first_card(
     headers:Sequence, # headers, the most telling first
     names:Sequence,   # card names, the preferred first
@@ -296,7 +296,7 @@ def first_card(
     "First value that is neither absent nor blank."
     for name in names:
         for header in headers:
-            if name not in getattr(header, "place", header): continue
+            if name not in header: continue
             try: value = header.get(name)
             except fits.VerifyError: continue
             if value is None or isinstance(value, fits.card.Undefined) or (isinstance(value, str) and not value.strip()): continue

@@ -257,12 +257,12 @@ def pack(
     weight = np.clip(ivar*scale**2, 2.**-24, 65504)
     return np.where(usable, flux/scale, 0).astype(np.float16), np.where(usable, weight, 0).astype(np.float16), float(scale)
 
-# %% ../nbs/12_ingest.ipynb #70bf9561
+# %% ../nbs/12_ingest.ipynb #dde319de
 def _content(path, buffer):
     "Bytes of a file in a buffer that is used again, unless somebody still looks at it."
     with open(path, "rb", buffering=0) as f:
         size = os.fstat(f.fileno()).st_size
-        try: buffer[size:] = bytes(max(0, size - len(buffer)))
+        try: buffer.append(0); buffer[size:] = bytes(max(0, size - len(buffer))) # refused while somebody looks, whatever the size
         except BufferError: buffer = bytearray(size)
         n = f.readinto(buffer)
         return buffer if n == size and not f.read(1) else Path(path).read_bytes()
