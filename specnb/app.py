@@ -252,7 +252,7 @@ def _remember(self:Inspector, name, plot):
         plot.handles["y_range"].update(start=low - 0.06 * (high - low), end=high + (0.3 if name == "slope" else 0.06) * (high - low))
     self._drawn[place] = key, plot
 
-# %% ../nbs/41_app.ipynb #2965ca85
+# %% ../nbs/41_app.ipynb #9150baa9
 @patch
 def _redraw(self:Inspector, name):
     "Put the present code into the plots of this name that are on the screen."
@@ -263,8 +263,9 @@ def _redraw(self:Inspector, name):
         x, y = reduce_line(self.wavelength.values, {"moved": self.moved, "slope": self.slope}[name](), self._ranges[name].x_range)
         label = {"slope": "response"}.get(name, name)
         source = next(part.handles["source"] for part in plot.subplots.values() if part.current_frame.label == label)
-        source.data = {column: x if column == "wavelength" else y for column in source.data}
-        plot.push()
+        with pn.io.unlocked():      # in line behind the plots that Panel has yet to send
+            source.data = {column: x if column == "wavelength" else y for column in source.data}
+            plot.push()
 
 # %% ../nbs/41_app.ipynb #8cd3d9c6
 TEXT = "label" if "label" in pn.widgets.FloatSlider.param else "name"   # Panel has renamed the words on a widget and its colour

@@ -324,6 +324,12 @@ def browser():
     shutil.rmtree(profile, ignore_errors=True)
 
 
+def moving():
+    "What the driver raises of a part that is not there yet, is covered, or was drawn anew."
+    from selenium.common import exceptions as e
+    return e.StaleElementReferenceException, e.NoSuchElementException, e.ElementClickInterceptedException, e.ElementNotInteractableException
+
+
 class Page:
     "A page of the inspector, and what a person does with it."
     def __init__(self, window, address):
@@ -338,30 +344,42 @@ class Page:
     def lines(self): return self.window.execute_script(LINES)
 
     def wait(self, condition, what, seconds=30):
-        end = time.perf_counter() + seconds
-        from selenium.common.exceptions import StaleElementReferenceException
+        "What `condition` finds, asked until it finds something; a part that is not there, or no longer, is asked for again."
+        end, moved = time.perf_counter() + seconds, moving()
         while time.perf_counter() < end:
             try: found = condition()
-            except StaleElementReferenceException: continue     # the page was drawn anew meanwhile
+            except moved: found = None      # the page is being drawn anew
             if found: return found
             time.sleep(0.05)
         raise AssertionError(f"waited {seconds} s in vain for {what}")
 
-    def press(self, name, until, what):
-        "Press a button; again if the page moved under the pointer, as it does while figures are drawn."
+    def named(self, css, name):
+        "The part of this kind whose words begin with `name`."
+        return self.wait(lambda: [part for part in self.all(css) if part.text.startswith(name)], f"{css} called {name!r}")[0]
+
+    def act(self, deed, what):
+        "Do something to a part of the page, as a person does: once it can be reached."
+        self.wait(lambda: (deed(), True), what)
+
+    def click(self, css, name=""): self.act(lambda: self.named(css, name).click(), f"a click on {name or css}")
+
+    def again(self, deed, until, what):
+        "Do it, and once more if the page moved under the pointer, as it does while figures are drawn."
         for _ in range(3):
-            next(button for button in self.all("button") if button.text.startswith(name)).click()
+            deed()
             try: return self.wait(until, what, 10)
             except AssertionError: pass
-        raise AssertionError(f"pressed {name!r} three times in vain for {what}")
+        raise AssertionError(f"three times in vain for {what}")
+
+    def press(self, name, until, what, css="button"): return self.again(lambda: self.click(css, name), until, what)
 
     def tab(self, name):
-        next(tab for tab in self.all(".bk-tab") if tab.text == name).click()
+        self.press(name, lambda: "bk-active" in self.named(".bk-tab", name).get_attribute("class"), f"the tab {name}", ".bk-tab")
         return self
 
     def choose(self, name, value):
         from selenium.webdriver.support.select import Select
-        Select(self.select(name)).select_by_visible_text(value)
+        self.act(lambda: Select(self.select(name)).select_by_visible_text(value), f"{value} as {name}")
 
     def type(self, key):
         from selenium.webdriver.common.action_chains import ActionChains
@@ -381,6 +399,14 @@ class Page:
         mouse.pointer_action.move_to_location(round(x), round(y)).click()
         mouse.perform()
 
+    def strike(self, x, y, until, what):
+        "Click on a cell of a matrix."
+        def deed():
+            self.place("FactorRange", x, y)
+            time.sleep(0.5)
+            self.click_at(*self.place("FactorRange", x, y))
+        return self.again(deed, until, what)
+
     def drag(self, points):
         from selenium.webdriver.common.actions.action_builder import ActionBuilder
         mouse = ActionBuilder(self.window)
@@ -390,7 +416,9 @@ class Page:
         mouse.perform()
 
     def place(self, kind, x, y): return self.wait(lambda: self.window.execute_script(PLACE, kind, x, y), f"a plot with {kind}")
-    def select(self, name): return next(group for group in self.all(".bk-input-group") if group.text.startswith(f"{name}\n")).find_element("css selector", "select")
+    def select(self, name): return self.named(".bk-input-group", f"{name}\n").find_element("css selector", "select")
+
+    def nearest(self): return self.named(".tabulator-row", "").find_element("css selector", "[tabulator-field=spectrum_id]").text
 
     def legends(self):
         "Words of all legends in plots that are on the screen."
@@ -425,16 +453,16 @@ def test_the_page_is_there_and_asks_nothing_from_outside(page):
 def test_a_slider_moves_the_spectrum_and_reset_puts_it_back(page):
     from selenium.webdriver import Keys
     page.wait(lambda: len(page.lines()) >= 4, "the lines")
-    handle, took = page.wait(lambda: page.all(".noUi-handle"), "the sliders")[0], []
+    took, push = [], lambda key: page.act(lambda: page.named(".noUi-handle", "").send_keys(key), "a push of the first slider")
     def reset():
-        next(button for button in page.all("button") if button.text.startswith("Reset")).click()
+        page.click("button", "Reset")
         time.sleep(1)
         return page.lines()
-    handle.send_keys(Keys.ARROW_RIGHT)        # from now on this node is the one in question
+    push(Keys.ARROW_RIGHT)        # from now on this node is the one in question
     before = reset()
     for key in [Keys.ARROW_RIGHT] * 6:
         last, start = page.lines(), time.perf_counter()
-        handle.send_keys(key)
+        push(key)
         page.wait(lambda: page.lines() != last, "a redraw")
         took.append(time.perf_counter() - start)
     print(f"slider to new data in the browser: {np.median(took) * 1000:.0f} ms")
@@ -445,20 +473,16 @@ def test_a_slider_moves_the_spectrum_and_reset_puts_it_back(page):
 
 def test_a_click_on_a_cell_asks_for_its_cloud(page):
     page.tab("Matrices")
-    x, y = page.place("FactorRange", "teff", "node 1")
-    time.sleep(0.5)
-    page.click_at(x, y)
-    page.wait(lambda: page.select("Label").get_attribute("value") == "teff", "the label of the cell")
+    page.strike("teff", "node 1", lambda: page.select("Label").get_attribute("value") == "teff", "the label of the cell")
     page.wait(lambda: page.all("canvas"), "the cloud")
-    chosen = page.select("Node")
-    assert chosen.find_element("css selector", "option:checked").text == "node 1"
+    page.wait(lambda: page.select("Node").find_element("css selector", "option:checked").text == "node 1", "the node of the cell")
 
 
 def test_every_statistic_is_drawn(page):
     page.tab("Matrices")
     page.place("FactorRange", "teff", "node 1")
     for name in ("Pearson", "MI [nat]", "MI 0..1", "MI given …", "Spearman"):
-        next(button for button in page.all("button, .bk-btn") if button.text == name).click()
+        page.click("button, .bk-btn", name)
         time.sleep(0.4)
         assert page.place("FactorRange", "teff", "node 1")
 
@@ -469,10 +493,7 @@ def test_nodes_against_nodes_are_computed_while_the_page_lives(page):
     page.choose("Nodes against", "nodes")
     names = "const out=[];for(const d of Bokeh.documents)for(const m of d._all_models.values())if(m.type=='FactorRange')out.push(...m.factors);return out"
     page.wait(lambda: page.window.execute_script(names).count("node 2") >= 2, "columns that are nodes")
-    x, y = page.place("FactorRange", "node 2", "node 1")
-    time.sleep(0.5)
-    page.click_at(x, y)
-    page.wait(lambda: page.select("Label").get_attribute("value") == "node 2", "the other node as the label")
+    page.strike("node 2", "node 1", lambda: page.select("Label").get_attribute("value") == "node 2", "the other node as the label")
 
 
 def test_a_spectrum_is_read_in_the_frame_of_its_star(page):
@@ -483,7 +504,7 @@ def test_a_spectrum_is_read_in_the_frame_of_its_star(page):
     page.wheel(-240)
     page.wait(lambda: page.lines() != before, "a redraw after the zoom")
     before = page.lines()
-    next(button for button in page.all("button, .bk-btn") if button.text.startswith("rest frame")).click()
+    page.click("button, .bk-btn", "rest frame")
     page.wait(lambda: page.lines() != before, "the other frame")
 
 
@@ -491,12 +512,11 @@ def test_a_dropped_file_is_read_and_a_broken_one_is_said(page, tmp_path):
     exec(PARTS, space := {})
     write_adp(space["parts"]()["spectra"].isel(spectrum=[11]), tmp_path / "mine.fits")
     (tmp_path / "cat.fits").write_bytes(b"no spectrum at all")
-    door = page.wait(lambda: page.all("input[type=file][accept*=fits]"), "the door for files")[0]
-    door.send_keys(str(tmp_path / "mine.fits"))
+    drop = lambda name: page.act(lambda: page.named("input[type=file][accept*=fits]", "").send_keys(str(tmp_path / name)), "the door for files")
+    drop("mine.fits")
     page.wait(lambda: "a file of your own" in page.text(), "the guest")
     page.tab("Neighbours")
-    row = page.wait(lambda: page.all(".tabulator-row"), "the table")[0]
-    assert row.find_element("css selector", "[tabulator-field=spectrum_id]").text == "spec-011"
+    page.wait(lambda: page.nearest() == "spec-011", "itself as the nearest")
     page.press("How strange", lambda: "false-alarm rate" in page.text(), "the verdict")
     page.tab("Map")
     page.wait(lambda: "★ mine.fits" in page.text(), "the note on the map")
@@ -508,8 +528,7 @@ def test_a_dropped_file_is_read_and_a_broken_one_is_said(page, tmp_path):
     page.wait(lambda: [place for place in page.window.execute_script(stars) if np.allclose(place, code, atol=1e-4)], "the star at its code")
     page.choose("Across", "teff")
     page.wait(lambda: "has no teff, so no place on this map" in page.text(), "a word on what the file does not tell")
-    door = page.all("input[type=file][accept*=fits]")[0]
-    door.send_keys(str(tmp_path / "cat.fits"))
+    drop("cat.fits")
     page.wait(lambda: "'cat.fits' cannot be shown" in page.text(), "the message")
     assert "a file of your own" in page.text()
 
@@ -517,7 +536,7 @@ def test_a_dropped_file_is_read_and_a_broken_one_is_said(page, tmp_path):
 def test_keys_and_the_address_keep_the_place(page):
     from selenium.webdriver import Keys
     page.wait(lambda: page.all("canvas"), "the plots")
-    page.all("h2")[0].click()
+    page.click("h2")
     for key in "nn": page.type(key)
     page.wait(lambda: "of your own: spec-002 " in page.text(), "two further")
     page.wait(lambda: "spectrum=spec-002" in page.window.current_url, "the address")
@@ -544,34 +563,29 @@ def test_a_dark_page_is_dark(page):
 
 def test_neighbours_lead_from_one_spectrum_to_the_next(page):
     page.tab("Neighbours")
-    row = page.wait(lambda: page.all(".tabulator-row"), "the table")[0]
-    name = row.find_element("css selector", "[tabulator-field=spectrum_id]").text
-    row.click()
+    name = page.wait(page.nearest, "the table")
+    page.click(".tabulator-row")
     time.sleep(0.5)
-    next(button for button in page.all("button") if button.text.startswith("Make the marked")).click()
-    page.wait(lambda: f"of your own: {name} " in page.text(), f"{name} as the chosen spectrum")
+    page.press("Make the marked", lambda: f"of your own: {name} " in page.text(), f"{name} as the chosen spectrum")
 
 
 def test_a_spectrum_is_found_by_its_name_and_a_wrong_one_is_said(page):
     from selenium.webdriver import Keys
-    field = page.all("input[type=text]")[0]
-    field.send_keys("spec-017" + Keys.ENTER)
+    page.act(lambda: page.named("input[type=text]", "").send_keys("spec-017" + Keys.ENTER), "a name")
     page.wait(lambda: "of your own: spec-017 " in page.text(), "the spectrum")
-    field = page.all("input[type=text]")[0]
-    field.clear()
-    field.send_keys("nobody" + Keys.ENTER)
+    page.act(lambda: page.named("input[type=text]", "").clear(), "an empty field")
+    page.act(lambda: page.named("input[type=text]", "").send_keys("nobody" + Keys.ENTER), "another name")
     page.wait(lambda: "No spectrum or object is called 'nobody'" in page.text(), "a message")
 
 
 def test_a_lasso_on_the_map_selects(page):
     page.tab("Map")
     page.wait(lambda: "of 60 selected" in page.text() and len(page.all("canvas")) < 8, "the map")
-    time.sleep(1)
-    corners = [page.place("Range1d", x, y) for x, y in ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9), (-0.9, -0.8))]
-    time.sleep(1)
-    page.drag(corners)
+    def around():
+        time.sleep(1)
+        page.drag([page.place("Range1d", x, y) for x, y in ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9), (-0.9, -0.8))])
     counted = lambda: [int(number) for number in re.findall(r"(\d+) of 60 selected", page.text()) if int(number)]
-    number = page.wait(counted, "a selection")[0]
+    number = page.again(around, counted, "a selection")[0]
     exec(PARTS, space := {})
     latents = space["parts"]()["latents"]
     shown = shown_nodes(latents, space["parts"]()["dimensions"])[:2]
@@ -581,7 +595,7 @@ def test_a_lasso_on_the_map_selects(page):
     for name in ("Nodes", "Spectrum"):
         page.tab(name)
         page.wait(lambda: words in page.legends(), f"the selection on the tab {name}")
-    next(button for button in page.all("button") if button.text == "Median of the selection").click()
+    page.click("button", "Median of the selection")
     page.tab("Nodes")
     moved = np.median(latents["mean"].values[(np.abs(latents["mean"].values[:, shown]) <= 0.9).all(1)][:, shown[0]])
     page.wait(lambda: f"node {shown[0]} = {moved:+.1f}" in page.text() or number != expected, "the sliders at the median")
