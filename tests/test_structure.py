@@ -91,7 +91,7 @@ def test_imports_go_one_way(name):
         if target.split(".")[0] != "specnb" or target in ("specnb", "specnb.__version__"): continue
         other = target.split(".")[1]
         if other not in NUMBER: wrong.append(f"{other} has no page")
-        elif NUMBER[other] >= number: wrong.append(f"{other} ({NUMBER[other]:02d}) is not lower than {number:02d}")
+        elif (NUMBER[other], other) >= (number, name): wrong.append(f"{NUMBER[other]:02d}_{other} does not stand before {number:02d}_{name}")
         elif NUMBER[other] // 10 not in allowed: wrong.append(f"{other} is in storey {NUMBER[other] // 10}, allowed are {sorted(allowed)}")
     assert not wrong, f"specnb.{name}: {wrong}"
 
