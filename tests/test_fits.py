@@ -10,6 +10,7 @@ import pytest
 from astropy.io import fits
 from astropy.table import Table
 
+from specnb import compose
 from specnb import fits as sf
 from specnb.eso import write_adp, write_s1d
 from specnb.fits import (BadWavelength, IdentifierError, MissingField, NotASpectrum, NotFits, NoUsablePixels, ReaderError, SpectrumError,
@@ -354,8 +355,8 @@ def test_the_short_way_over_the_pixels_gives_the_bits_of_the_long_one(rng, kind,
     flux, error = rng.normal(100, 2, 5000), rng.uniform(1, 3, 5000)
     flux[:9], error[10:19] = [0, np.nan, np.inf, -np.inf, 1e38, -1e38, 1e-45, -5, 3e37], [0, -1, np.nan, np.inf, 1e-19, 2e-18, 1e19, 3e19, 1e30]
     flux, error, bad = flux.astype(kind), error.astype(kind), (rng.random(5000) < .1).astype("i4") if quality else None
-    short = sf._usual_planes(np.arange(5000.) + 1, flux, error, None, bad)
-    _, *long, origin, scale = sf._unusual_planes("x", np.arange(5000.) + 1, flux, error, None, bad)
+    short = compose._usual_planes(np.arange(5000.) + 1, flux, error, None, bad)
+    _, *long, origin, scale = compose._unusual_planes("x", np.arange(5000.) + 1, flux, error, None, bad)
     assert origin == "pipeline" and scale == 1 and short.dtype == np.float32
     for a, b in zip(short, long): np.testing.assert_array_equal(a, b)
 
