@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import voigt_profile
 from scipy.stats import spearmanr
-import specnb.simulate as sim
+import specnb.lines
+import specnb.observe
 from specnb.simulate import (EXTRA_FACTORS, FACTORS, HIDDEN, LABEL_ERRORS, line_opacity, named_lines, reported, rotation_transform, sample_factors, sample_survey,
                              simulate, telluric_transmission)
 from specnb.spectra import open_store, save_store, validate
@@ -212,8 +213,8 @@ def test_a_label_does_not_change_when_another_is_asked_for():
 # --------------------------------------------------------------- abundances
 def test_an_abundance_multiplies_the_opacity_of_its_element_alone():
     for species, moves in (("Mg I", True), ("Ti II", True), ("Fe I", False), ("H I", False), ("Na I", False)):
-        assert sim._excess(species, dict(alpha=0.3)) == (0.3 if moves else 0.)
-    assert sim._excess("Mg I", dict(alpha=0.3, abundance_Mg=0.2)) == pytest.approx(0.5)
+        assert specnb.lines._excess(species, dict(alpha=0.3)) == (0.3 if moves else 0.)
+    assert specnb.lines._excess("Mg I", dict(alpha=0.3, abundance_Mg=0.2)) == pytest.approx(0.5)
     assert line_opacity("Ca I", 2.5, 5000., 4., -1., 0.4) == pytest.approx(line_opacity("Ca I", 2.5, 5000., 4., -1.) + 0.4)
 
 
@@ -233,7 +234,7 @@ def test_line_profiles_are_voigt_functions(log_eta, damping):
     width = 1.9
     velocity = np.arange(-200, 200, 0.1)
     template = np.zeros(len(velocity), np.float32)
-    sim._add_line(template, velocity / SPEED_OF_LIGHT, 0., 10**log_eta, width, damping)
+    specnb.lines.add_line(template, velocity / SPEED_OF_LIGHT, 0., 10**log_eta, width, damping)
     expected = voigt_profile(velocity, width / np.sqrt(2), damping * width) * width * np.sqrt(np.pi)  # both have unit area times width sqrt(pi)
     inside = template > 0
     np.testing.assert_allclose(template[inside], (10**log_eta * expected)[inside], rtol=2e-5)
@@ -244,23 +245,23 @@ def test_curve_of_growth_against_quadrature():
     velocity = np.arange(-4000, 4000, 0.1)
     for log_eta in (-2, 0, 1.5, 4):
         template = np.zeros(len(velocity), np.float32)
-        sim._add_line(template, velocity / SPEED_OF_LIGHT, 0., 10.**log_eta, 1.9, .03)
+        specnb.lines.add_line(template, velocity / SPEED_OF_LIGHT, 0., 10.**log_eta, 1.9, .03)
         eta = 10.**log_eta * voigt_profile(velocity, 1.9 / np.sqrt(2), .03 * 1.9) * 1.9 * np.sqrt(np.pi)
-        expected = np.trapezoid(sim._DEPTH * eta / (1 + eta), velocity)
-        assert sim._depth(template).sum() * 0.1 == pytest.approx(expected, rel=0.03)
+        expected = np.trapezoid(specnb.lines._DEPTH * eta / (1 + eta), velocity)
+        assert specnb.lines._depth(template).sum() * 0.1 == pytest.approx(expected, rel=0.03)
 
 
 @given(st.floats(0.1, 300), st.floats(1e-5, 1.3))
 @settings(max_examples=60, deadline=None)
 def test_rotation_looked_up_equals_rotation_computed(vsini, frequency):
     frequencies = np.linspace(0, frequency, 50)
-    np.testing.assert_allclose(sim._rotation_kernel(frequencies, np.array([vsini])), rotation_transform(frequencies, vsini)[None], atol=5e-7)
+    np.testing.assert_allclose(specnb.observe._rotation_kernel(frequencies, np.array([vsini])), rotation_transform(frequencies, vsini)[None], atol=5e-7)
 
 
 @given(st.floats(-3, 3), st.integers(1, 3000))
 @settings(max_examples=30, deadline=None)
 def test_phase_factors(angle, n):
-    np.testing.assert_allclose(sim._phase(np.array([angle]), n)[0], np.exp(-1j * angle * np.arange(n)), atol=1e-6)
+    np.testing.assert_allclose(specnb.observe._phase(np.array([angle]), n)[0], np.exp(-1j * angle * np.arange(n)), atol=1e-6)
 
 
 def test_rotation_equals_integration_over_a_disc():
@@ -347,8 +348,8 @@ def equivalent_width(species, wavelength, excitation, log_gf):
     velocity = np.arange(-1500, 1500, 0.3)
     template = np.zeros(len(velocity), np.float32)
     row = pd.DataFrame(dict(species=[species], wavelength=[wavelength], excitation=[excitation]))
-    sim._add_line(template, velocity / SPEED_OF_LIGHT, 0., 10**float(log_gf + sim._solar_strength(row)[0]), sim._DOPPLER_WIDTH, sim._STRONG.get(species, .03))
-    return sim._depth(template).sum() * 0.3 / SPEED_OF_LIGHT * wavelength * 1e3
+    specnb.lines.add_line(template, velocity / SPEED_OF_LIGHT, 0., 10**float(log_gf + specnb.lines._solar_strength(row)[0]), specnb.lines._DOPPLER_WIDTH, specnb.lines._STRONG.get(species, .03))
+    return specnb.lines._depth(template).sum() * 0.3 / SPEED_OF_LIGHT * wavelength * 1e3
 
 
 def test_solar_iron_lines_have_the_measured_equivalent_widths(shared_data):
@@ -416,7 +417,7 @@ def test_the_atmosphere_adds_no_light():
 
 def test_the_oxygen_pair_beside_iron_6302():
     from specnb.wave import vacuum_to_air
-    ours = vacuum_to_air(sim._oxygen_lines()[0])
+    ours = vacuum_to_air(specnb.observe._oxygen_lines()[0])
     for known in (6302.00, 6302.76): assert np.abs(ours - known).min() < 0.03
 
 
