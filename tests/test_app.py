@@ -10,9 +10,10 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from specnb import app, desk
+from specnb import app, desk, sliders
 from specnb.eso import write_adp
 from specnb.session import shown_nodes
+from specnb.survey_map import escaped
 
 PARTS = '''
 import numpy as np, pandas as pd, xarray as xr
@@ -93,10 +94,10 @@ def test_a_failing_decoder_is_a_message():
 def test_a_decoder_that_cannot_be_had_is_a_message(load, words, monkeypatch):
     everything = parts()
     decode = everything.pop("decode")
-    monkeypatch.setattr(app, "_document", object)
+    monkeypatch.setattr(sliders, "visitor_document", object)
     look, late = (app.inspector(**everything, load_decoder=how) for how in (load, lambda: decode))
     assert look.decode is None and look.slider_view() is not None
-    monkeypatch.setattr(app, "_document", lambda: None)
+    monkeypatch.setattr(sliders, "visitor_document", lambda: None)
     look.__panel__(), late.__panel__()
     assert look.decode is None and words in look.message and "No decoder" in look.slider_view().data[2]
     assert late.decode is decode and late.message == "" and len(late.slider_view()) == 2
@@ -108,7 +109,7 @@ def test_a_name_from_the_browser_is_text_and_never_a_path(tmp_path):
     secret.write_text("do not read me")
     for name in (str(secret), "../../etc/passwd", "<img src=x onerror=alert(1)>", "", "spec-000' OR 1", "9" * 400, "9" * 5000, "²"):
         assert not look.choose(name) and "read me" not in look.message
-    assert app._safe(look.message).count("<") == 0
+    assert escaped(look.message).count("<") == 0
 
 
 def test_a_digit_that_is_no_number_is_passed_over():
