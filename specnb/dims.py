@@ -7,7 +7,7 @@ __all__ = ['RATE_CUT', 'SIGNAL_CUT', 'TAIL_CUT', 'JITTER_CUT', 'LOSS_FLOOR', 'IC
            'node_statistics', 'dead_cut', 'effective_rank', 'shuffle_loss', 'noise_null', 'node_votes', 'consensus',
            'intraclass_correlation', 'variance_shares', 'beyond_labels', 'informative_nodes']
 
-# %% ../nbs/31_dims.ipynb #b7683ab6
+# %% ../nbs/31_dims.ipynb #e2e8119c
 import numpy as np
 import xarray as xr
 from scipy.spatial import cKDTree
@@ -15,7 +15,7 @@ from scipy.special import ndtri
 from scipy.stats import f as fisher_f, t as student_t
 from sklearn.model_selection import GroupKFold
 
-from .depend import _as_number, average_ranks, benjamini_hochberg, group_codes, label_table, latent_table, make_units, rank_splines, row_weights
+from .depend import as_number, average_ranks, benjamini_hochberg, group_codes, label_table, latent_table, make_units, rank_splines, row_weights
 
 # %% ../nbs/31_dims.ipynb #1469e6cc
 def weighted_quantile(
@@ -344,7 +344,7 @@ def _null_repeatability(
     null = _null_nodes(values, left, places, codes, n_null, rng)
     return intraclass_correlation(_remainder(null, regress(null)), codes).icc.values
 
-# %% ../nbs/31_dims.ipynb #88230948
+# %% ../nbs/31_dims.ipynb #24943c49
 def beyond_labels(
     latents, # latents Dataset or table (spectrum, latent)
     labels=None, # as in `specnb.depend.association`
@@ -356,7 +356,7 @@ def beyond_labels(
     table, rng = latent_table(latents), np.random.default_rng((seed, 5))
     codes = group_codes(table, groups)
     rows = np.flatnonzero((codes >= 0) & np.isfinite(table.values).all(1))
-    known = np.stack([_as_number(v)[0][rows] for v in label_table(table, labels).values()], 1)
+    known = np.stack([as_number(v)[0][rows] for v in label_table(table, labels).values()], 1)
     values = np.stack([ndtri((average_ranks(v) + 0.5) / len(v)) for v in table.values[rows].T.astype(float)], 1)
     codes = np.unique(codes[rows], return_inverse=True)[1]
     folds, penalties = list(GroupKFold(min(n_folds, codes.max() + 1)).split(known, groups=codes)), np.geomspace(1e-3, 1e5, 9)
