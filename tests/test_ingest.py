@@ -209,12 +209,13 @@ def test_killed_at_random_moments_the_same_call_ends_with_the_same_bytes(night, 
 def test_death_at_each_step_of_a_write(night, tmp_path, monkeypatch, step):
     "The same with the moment chosen: between pixels and manifest, in the middle of a manifest line, in the middle of publishing."
     import specnb.ingest as module
+    from specnb import commit
     class Died(BaseException): pass
     ingest(night, tmp_path / "a" / "n.zarr", chunk_rows=8, progress=False)
     ingest(find_files(night)[:14], tmp_path / "b" / "n.zarr", linear_grid(5000, 5015.98, .02), chunk_rows=8, progress=False)
     ingest(find_files(night)[:14], tmp_path / "c" / "n.zarr", linear_grid(5000, 5015.98, .02), chunk_rows=8, progress=False)
     published = dict(xr.open_zarr(tmp_path / "b" / "n.zarr").sizes)
-    real = dict(chunk=module.write_chunk, commit=Manifest.commit, publish=module.os.replace)
+    real = dict(chunk=commit.write_chunk, commit=Manifest.commit, publish=module.os.replace)
     count = [0]
     def dies(original, *args):
         count[0] += 1
@@ -224,7 +225,7 @@ def test_death_at_each_step_of_a_write(night, tmp_path, monkeypatch, step):
         with open(self.path, "a") as f: f.write('{"kind": "row", "file": "x", "size": 1}\n{"kind": "ro')
         raise Died
     with monkeypatch.context() as patch:
-        if step == "chunk": patch.setattr(module, "write_chunk", lambda *a: dies(real["chunk"], *a))
+        if step == "chunk": patch.setattr(commit, "write_chunk", lambda *a: dies(real["chunk"], *a))
         if step == "commit": patch.setattr(Manifest, "commit", lambda *a: dies(real["commit"], *a))
         if step == "torn": patch.setattr(Manifest, "commit", torn)
         if step == "publish":
@@ -275,9 +276,9 @@ def test_ctrl_c_publishes_what_is_there_and_the_same_call_resumes(night, tmp_pat
 @pytest.mark.parametrize("full_at, part", [(1, 0.), (3, .5), (5, .99)])
 def test_full_disk_is_said_and_the_same_call_goes_on(night, tmp_path, monkeypatch, full_at, part):
     "The write of a chunk stops in the middle, in the background thread: nothing is half there, and with room again the bytes are the same."
-    import specnb.ingest as module
+    from specnb import chunks
     ingest(night, tmp_path / "a" / "n.zarr", chunk_rows=5, progress=False)
-    real, count = module._write_atomically, [0]
+    real, count = chunks.write_atomically, [0]
     def full(path, *contents, **kwargs):
         if path.name == "0" and path.parts[-4] in ("flux", "ivar"):
             count[0] += 1
@@ -286,7 +287,7 @@ def test_full_disk_is_said_and_the_same_call_goes_on(night, tmp_path, monkeypatc
                 raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, *contents, **kwargs)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_atomically", full)
+        patch.setattr(chunks, "write_atomically", full)
         with pytest.raises(OSError, match="No space left"): ingest(night, tmp_path / "b" / "n.zarr", chunk_rows=5, progress=False)
     manifest = Manifest(tmp_path / "b" / "n.manifest.jsonl")
     assert manifest.n_rows == 5 * ((full_at - 1) // 2)
@@ -299,14 +300,14 @@ def test_full_disk_is_said_and_the_same_call_goes_on(night, tmp_path, monkeypatc
 @pytest.mark.parametrize("chunk", [0, 2, 5])
 def test_power_loss_is_repaired_from_the_files(night, tmp_path, monkeypatch, damage, chunk):
     "The machine was started anew, and a chunk had not reached the disk: it and what came after it are read again."
-    import specnb.ingest as module
+    from specnb import commit
     ingest(night, tmp_path / "n.zarr", chunk_rows=5, progress=False)
     before, path = digest(tmp_path / "n.zarr"), tmp_path / "n.zarr" / "ivar" / "c" / str(chunk) / "0"
     content = path.read_bytes()
     if damage == "zeros": path.write_bytes(content[:4000] + bytes(len(content) - 4000))
     if damage == "short": path.write_bytes(content[:4000])
     if damage == "missing": path.unlink()
-    monkeypatch.setattr(module, "_boot", lambda: "another boot")
+    monkeypatch.setattr(commit, "_boot", lambda: "another boot")
     report = ingest(night, tmp_path / "n.zarr", progress=False)
     assert report.n_rows == 30 and report.n_read == (0 if damage == "none" else 30 - 5 * chunk) and digest(tmp_path / "n.zarr") == before
     assert verify_store(tmp_path / "n.zarr") == []
