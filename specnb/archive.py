@@ -6,7 +6,7 @@
 __all__ = ['ESO_TAP', 'ESO_FILES', 'ArchiveError', 'name_spellings', 'archive_query', 'retry_after', 'PoliteSession', 'search',
            'data_sum', 'verify_fits', 'stated_checksum', 'download']
 
-# %% ../nbs/14_archive.ipynb #812f7020
+# %% ../nbs/14_archive.ipynb #020fcf47
 import base64, gzip, hashlib, io, json, os, re, shutil, threading, time, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from email.utils import parsedate_to_datetime
@@ -20,7 +20,7 @@ from astropy import units as u
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import Table
-from tqdm import tqdm
+from .bars import progress_bar
 from .catalogue import normalise_name
 
 # %% ../nbs/14_archive.ipynb #1f362b65
@@ -401,14 +401,14 @@ def download(products,       # table of `search`, or ids
         else: rows.update(_fetch_all(todo, folder, session, n_parallel, progress, (retries, backoff, max_wait)))
     return _report([rows[p["id"]] for p in plan], folder)
 
-# %% ../nbs/14_archive.ipynb #5299d685
+# %% ../nbs/14_archive.ipynb #c5ae0ebb
 def _fetch_all(todo, folder, session, n_parallel, progress, limits):
     "Transfers in parallel, with one bar in bytes; rows of the report by id. Ctrl-C waits for the transfers to put down what they hold."
     folder.mkdir(parents=True, exist_ok=True)
     need, free = np.nansum([p["size"] for p in todo]), shutil.disk_usage(folder).free
     if need > free: raise ArchiveError(f"{folder.name}: {need/1e9:.1f} GB to fetch and {free/1e9:.1f} GB free; choose another folder or fewer products")
     stop, gate, rows = threading.Event(), _Gate(), {}
-    with tqdm(total=need or None, unit="B", unit_scale=True, disable=not progress, desc=f"{len(todo)} files") as bar, ThreadPoolExecutor(n_parallel) as pool:
+    with progress_bar(total=need or None, unit="B", unit_scale=True, disable=not progress, desc=f"{len(todo)} files") as bar, ThreadPoolExecutor(n_parallel) as pool:
         futures = [pool.submit(_download_one, p, folder, session, stop, gate, bar.update, *limits) for p in todo]
         try:
             for future in as_completed(futures): rows[future.result()["id"]] = future.result()

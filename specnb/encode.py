@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_grid', 'encode_rows', 'Parts', 'encode', 'decoder']
 
-# %% ../nbs/25_encode.ipynb #43e93bed
+# %% ../nbs/25_encode.ipynb #f7aec82a
 import hashlib, shutil, zipfile
 from pathlib import Path
 
@@ -13,8 +13,7 @@ import numpy as np
 import torch
 import xarray as xr
 from fastcore.basics import patch
-from tqdm import tqdm
-
+from .bars import progress_bar
 from .learner import Bundle, _atomic_write
 from .loader import SpectrumLoader, SpectrumRows, ready_rows
 from .prep import prepare
@@ -129,14 +128,14 @@ def _encode_blocks(model, ds, recipe, blocks, parts, bs, device, bar):
             done, waiting, ahead = *_divided(waiting, n), ahead - n
             parts.put(blocks.pop(0), *done)
 
-# %% ../nbs/25_encode.ipynb #616fa3e4
+# %% ../nbs/25_encode.ipynb #03d74605
 def _encode_all(bundle, ds, bs, device, progress, parts):
     "Mean, sigma and chi-square of all rows, by way of blocks that this and other processes have done."
     (rank, n_processes), blocks, kept = place(), _blocks(ds, bs), Parts(parts, bundle, ds)
     if n_processes > 1 and parts is None: raise ValueError("several processes bring their codes together in a folder: give one, parts=")
     todo = [block for block in blocks[rank::n_processes] if kept.get(block) is None]
     n_done = ds.sizes["spectrum"] - n_processes*sum(stop - start for start, stop in todo)
-    with tqdm(total=ds.sizes["spectrum"], initial=max(n_done, 0), unit="spectra", disable=not progress or rank > 0, leave=False) as bar:
+    with progress_bar(total=ds.sizes["spectrum"], initial=max(n_done, 0), unit="spectra", disable=not progress or rank > 0, leave=False) as bar:
         _encode_blocks(bundle.model.to(device).eval(), ds, bundle.recipe, todo, kept, bs, device, bar)
     wait_for_all()
     found = [np.concatenate(values) for values in zip(*map(kept.get, blocks))]

@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'find_files', 'shuffled', 'read_row', 'try_row', 'rows_in_order', 'IngestReport', 'refusal_table',
            'usual_workers', 'ingest']
 
-# %% ../nbs/12_ingest.ipynb #7740a652
+# %% ../nbs/12_ingest.ipynb #eeecdec0
 import contextlib, hashlib, multiprocessing, os, pickle, signal, threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,11 +20,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from fastcore.basics import patch
-from tqdm.auto import tqdm
 from zarr import open_array
 
-# %% ../nbs/12_ingest.ipynb #97ccd5eb
+# %% ../nbs/12_ingest.ipynb #a1af6705
 from .align import Grid, choose_grid, fill_jumps, given_grid, match_medium, onto_grid, probe_grid, requested_grid
+from .bars import progress_bar
 from .chunks import checksum, chunk_path, pack, read_chunk, write_atomically, write_chunk
 from .commit import (Manifest, StoreError, beside, check_store, create_manifest, duplicate_of, grid_of, new_manifest, open_manifest, publish,
                            repair_after_power_loss, store_rows, verify_store)
@@ -295,7 +295,7 @@ def usual_workers(
     n = min(n_cpu, max(n_bytes//32_000_000, len(files)//256))
     return n if n > 1 else 0
 
-# %% ../nbs/12_ingest.ipynb #d58eb18c
+# %% ../nbs/12_ingest.ipynb #e54f7e33
 def _run(store, manifest, files, options, n_workers, progress):
     "Read the files that are new into the store; number of rows added."
     before = manifest.n_rows
@@ -303,7 +303,7 @@ def _run(store, manifest, files, options, n_workers, progress):
     if n_workers is None: n_workers = usual_workers(files)
     results = rows_in_order(files, manifest, options, n_workers)
     try:
-        for result in tqdm(results, total=len(files), desc="ingest", unit="file", disable=not progress):
+        for result in progress_bar(results, total=len(files), desc="ingest", unit="file", disable=not progress):
             with _unbroken(): writer.add(result)
     finally:
         results.close()

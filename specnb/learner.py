@@ -7,7 +7,7 @@ __all__ = ['BUNDLE_FORMAT', 'ReconstructionLoss', 'training_codes', 'align_axes'
            'spectrum_learner', 'history_frame', 'run_identity', 'Checkpoint', 'load_checkpoint', 'fit_resumable',
            'fit_starts', 'save_bundle', 'Bundle', 'load_bundle']
 
-# %% ../nbs/24_learner.ipynb #0c8a6fa9
+# %% ../nbs/24_learner.ipynb #ad996628
 import hashlib, json, os, time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +30,7 @@ from .callbacks import AverageRanks, DisentangleCallback, EpochSeed, StopOnNaN
 from .nets import NetConfig, SpectrumNetwork, build_network, net_config
 from .objectives import Objective, masked_chi2, masked_l1, masked_l2, objective_from_json, objective_settings, objective_to_json
 from .prep import PrepRecipe
-from .progress import Throughput
+from .progress import Throughput, show_progress
 from .ranks import is_first, place, same_everywhere, wait_for_all
 
 # %% ../nbs/24_learner.ipynb #06a9d70e
@@ -151,7 +151,7 @@ def _own_callbacks(objective, model, seed, cbs):
     if hasattr(model, "project") and not any(hasattr(cb, "settings") for cb in listify(cbs)): own.append(KeepProjections())
     return own
 
-# %% ../nbs/24_learner.ipynb #2bbe36f1
+# %% ../nbs/24_learner.ipynb #adf26089
 def spectrum_learner(
     dls, # of `spectrum_dataloaders`
     net:str|NetConfig|SpectrumNetwork="demo", # preset, settings, or a network that goes on training
@@ -172,7 +172,8 @@ def spectrum_learner(
     model.fit_frontend(dls.train.new(shuffle=True, device="cpu", rank=0, world_size=1))
     settings = dict(loss_func=ReconstructionLoss(objective.reconstruction), opt_func=_OPTIMISER, lr=lr, wd=wd, moms=(0.9, 0.9, 0.9), path=path)
     learn = Learner(dls, model, cbs=_own_callbacks(objective, model, seed, cbs) + listify(cbs), **(settings | kwargs))
-    if not is_first(): learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)]).logger = noop
+    if is_first(): return show_progress(learn)
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)]).logger = noop
     return learn
 
 # %% ../nbs/24_learner.ipynb #1950b5ed

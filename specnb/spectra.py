@@ -197,7 +197,15 @@ def _rows_for(ds, chunk_rows):
     "Rows of a chunk: as asked, or about 16 MB of float32."
     return chunk_rows or int(np.clip(4_000_000 // ds.sizes.get("wavelength", 1), 1, 4096))
 
-# %% ../nbs/01_spectra.ipynb #fa8dfbd6
+# %% ../nbs/01_spectra.ipynb #36a15afe
+def _in_order(ds):
+    "The same Dataset with variables and coordinates in an order that does not depend on the disk."
+    first = {name: place for place, name in enumerate((*sorted(ds.dims), "spectrum_id", "object"))}
+    names = sorted(ds.coords, key=lambda name: (first.get(name, len(first)), name))
+    coords = {name: ds[name].variable for name in names}
+    return ds[sorted(ds.data_vars)].drop_vars(names).assign_coords(coords)
+
+# %% ../nbs/01_spectra.ipynb #a270a89b
 def open_store(
     path # folder of the Zarr store
 ) -> xr.Dataset: # pixels lazy (dask), coordinates loaded
@@ -209,7 +217,7 @@ def open_store(
     coords = {n: c.load() for n, c in ds.coords.items()}
     ds = ds.assign({n: v.astype("float32") for n, v in ds.data_vars.items() if v.dtype == np.float16}) # a packed store
     ds = ds.assign_coords({n: c.copy(data=_as_text(c.values)) if c.dtype.kind in "OT" else c for n, c in coords.items()})
-    try: return validate_latents(ds) if "latent" in ds.dims else validate(ds)
+    try: return validate_latents(_in_order(ds)) if "latent" in ds.dims else validate(_in_order(ds))
     except ContractError as e: raise ContractError(f"{path}: {e}") from e
 
 # %% ../nbs/01_spectra.ipynb #edeacc50

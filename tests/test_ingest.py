@@ -2,6 +2,7 @@
 import errno
 import hashlib
 import importlib
+import io
 import multiprocessing
 import os
 import shutil
@@ -91,9 +92,14 @@ def test_parallel_is_the_same_byte_for_byte(night, tmp_path, workers):
     assert digest(tmp_path / "one" / "n.zarr") == digest(tmp_path / "many" / "n.zarr")
 
 
-def test_progress_bar_counts_every_file(night, tmp_path, capsys):
+def test_progress_bar_counts_every_file_where_somebody_watches(night, tmp_path, capsys, monkeypatch):
+    ingest(night, tmp_path / "log.zarr")
+    assert capsys.readouterr().err == ""        # half a minute has to pass before a log gets a line
+    class Terminal(io.StringIO):
+        def isatty(self): return True
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     ingest(night, tmp_path / "n.zarr")
-    assert "35/35" in capsys.readouterr().err
+    assert "35/35" in terminal.getvalue()
 
 
 def test_paths_with_spaces_patterns_and_single_files(night, tmp_path):
