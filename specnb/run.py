@@ -288,13 +288,13 @@ def _header_labels(latents):
     if not told: raise RunError("nothing to compare the nodes with: give a table, catalogue='stars.csv' (--catalogue stars.csv), or join one to the store with specnb.catalogue.join_labels")
     return told
 
-# %% ../nbs/50_run.ipynb #b2602fea
+# %% ../nbs/50_run.ipynb #8e257b4d
 def _choose(latents, split):
-    "Rows of the wished split; RunError if there is none."
-    if split == "all": return latents
-    chosen = latents.isel(spectrum=np.flatnonzero(latents["split"].values == split))
-    if not chosen.sizes["spectrum"]: raise RunError(f"no spectrum belongs to split {split!r}; there are {', '.join(np.unique(latents['split']))}: choose one of them, or 'all'")
-    return chosen
+    "Rows of the wished split; RunError if there are fewer than three, by which no node can be judged."
+    chosen = latents if split == "all" else latents.isel(spectrum=np.flatnonzero(latents["split"].values == split))
+    if (n := chosen.sizes["spectrum"]) > 2: return chosen
+    sizes = ", ".join(f"{name} {count}" for name, count in zip(*np.unique(latents["split"], return_counts=True)))
+    raise RunError(f"split {split!r} has {n or 'no'} spectr{'um' if n == 1 else 'a'}, too few to judge nodes by (there are: {sizes}): choose another split, 'all' of them, or train with a larger share for it")
 
 # %% ../nbs/50_run.ipynb #fddc4857
 def _join_told(report, table):

@@ -23,7 +23,7 @@ NUMBERED = [p for p in PAGES if p.parent == NBS and re.match(r"\d\d_", p.name)]
 NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in NUMBERED}                      # module -> number of its page
 MODULES = {name: LIB / f"{name}.py" for name in NUMBER if (LIB / f"{name}.py").exists()}
 ALLOWED = {0: {0}, 1: {0, 1}, 2: {0, 2}, 3: {0, 3}, 4: {0, 3, 4}, 5: {0, 1, 2, 3, 4, 5}}   # storey -> storeys that it may import from
-NARROWER = {"nets": {2}, "objectives": {2}, "callbacks": {2}}
+NARROWER = {"frontend": {2}, "layers": {2}, "motion": {2}, "nets": {2}, "objectives": {2}, "callbacks": {2}}
 HEAVY = {"torch", "fastai", "astropy", "holoviews", "panel"}
 FORBIDDEN = {0: HEAVY, 1: {"torch", "fastai", "holoviews", "panel"}, 2: {"astropy", "holoviews", "panel"}, 3: HEAVY, 4: {"torch", "fastai", "astropy"}, 5: set()}
 NETWORK = {"requests", "urllib3", "pyvo", "astroquery", "http", "ftplib", "httpx", "aiohttp", "urllib.request"}
