@@ -205,14 +205,14 @@ def train(
 def _prepare_machine(ds, s, recipe, device, reading):
     "Loaders for this process, where it computes, and the allocator, with its settings."
     from specnb.loader import spectrum_dataloaders
-    from specnb.nets import _LONG
+    from specnb.layers import LONG_SPECTRUM
     from specnb.ranks import is_first, place
     from specnb.scale import join_processes, tune_allocator
     device, n_processes = join_processes(device), place()[1]
     if s["bs"] % n_processes: raise ValueError(f"bs = {s['bs']} cannot be shared by {n_processes} processes: use a multiple of {n_processes}")
     split = split_by_object(ds, s["valid"], s["test"], s["seed"], s["by"])
     dls = spectrum_dataloaders(ds, recipe, split=split, bs=s["bs"]//n_processes, seed=s["seed"], device=device, **reading)
-    made = tune_allocator() if dls.train.dataset.n_pixels >= _LONG else dict(allocator="of the system", settings={})
+    made = tune_allocator() if dls.train.dataset.n_pixels >= LONG_SPECTRUM else dict(allocator="of the system", settings={})
     if made["settings"] and is_first(): print(f"device {device}, {n_processes} process(es); allocator {made['allocator']} with {made['settings']}")
     return dls, dict(device=str(device), n_processes=n_processes, **made)
 
