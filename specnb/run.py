@@ -201,7 +201,7 @@ def train(
     if min(starts, accumulate) < 1: raise ValueError(f"starts = {starts}, accumulate = {accumulate}: train once or more often, with one batch or more a step")
     return run if _same_settings(run, settings) else _fit(ds, run, settings, recipe, device, compute or {}, reading or {})
 
-# %% ../nbs/50_run.ipynb #fa366b7e
+# %% ../nbs/50_run.ipynb #07fa0e02
 def _prepare_machine(ds, s, recipe, device, reading):
     "Loaders for this process, where it computes, and the allocator, with its settings."
     from specnb.loader import spectrum_dataloaders
