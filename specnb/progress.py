@@ -154,14 +154,14 @@ def after_batch(self:LogRows):
     self._told, speed = time.monotonic(), getattr(self.learn, "throughput", None)
     self.write(f"  epoch {self.epoch + 1} of {self.n_epoch}, {(self.iter + 1)/self.n_iter:.0%}: loss {self.smooth_loss.item():.4f}" + (f", {speed.line()}" if speed else ""))
 
-# %% ../nbs/23_progress.ipynb #b971e5bc
+# %% ../nbs/23_progress.ipynb #f920ef9c
 @patch
 def after_epoch(self:LogRows):
     if self._row is None: return
     pairs = [(name, value) for name, value in zip(self.recorder.metric_names, self._row) if name not in ("epoch", "time") and value is not None]
     words = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in pairs]
     speed, self._row = getattr(self.learn, "throughput", None), None
-    if speed and speed.rows: words += [f"{speed.rows[-1]['spectra_per_second']:.3g} spectra/s", f"{duration(speed.left())} left"]
+    if speed and speed.rows: words += [f"{speed.rows[-1]['spectra_per_second']:.3g} spectra/s"] + [f"{duration(speed.left())} left"]*(self.epoch + 1 < self.n_epoch)
     self._told = time.monotonic()
     self.write(f"epoch {self.epoch + 1} of {self.n_epoch}: {', '.join(words)}")
 
