@@ -168,50 +168,71 @@ def _null_nodes(
     within = (values - of_group(values)[codes]) * np.sqrt(size / np.maximum(size - 1, 1))[codes]
     return smooth[codes][:, None] + rng.choice(within[size[codes] > 1], (len(values), n_null))
 
-# %% ../nbs/31_belong.ipynb #56f92a8d
+# %% ../nbs/31_belong.ipynb #49340cb4
+def _repeats(
+    codes:np.ndarray, # (row,) star numbers
+    nights:np.ndarray|None, # (row,) night numbers, -1 where unknown; None: not known at all
+    n_least:int=20, # stars with two nights, below which exposures count
+)->tuple: # function (row, column) -> (repeat, column); (repeat,) star numbers; "nights" or "exposures"
+    "Means over each night of a star, where enough stars were seen on two."
+    if nights is None: return (lambda v: v), codes, "exposures"
+    nights = np.where(nights < 0, nights.max(initial=0) + 1 + np.arange(len(nights)), nights)
+    cells, cell, size = np.unique(np.stack([codes, nights]), axis=1, return_inverse=True, return_counts=True)
+    if (np.bincount(cells[0]) > 1).sum() < n_least: return (lambda v: v), codes, "exposures"
+    if cells.shape[1] == len(codes): return (lambda v: v), codes, "nights"
+    return (lambda v: np.stack([np.bincount(cell.ravel(), c) for c in v.T], 1) / size[:, None]), cells[0], "nights"
+
+# %% ../nbs/31_belong.ipynb #9908e9cd
+def _night_codes(table, nights, rows):
+    "Night numbers of some rows, -1 where unknown; None where there are no nights."
+    if nights is None or isinstance(nights, str) and nights not in table.coords: return None
+    return group_codes(table, nights)[rows]
+
+# %% ../nbs/31_belong.ipynb #bd8f530f
 def _null_repeatability(
     values:np.ndarray, left:np.ndarray, places:np.ndarray, codes:np.ndarray, # see `_null_nodes`
     regress, # callable (row, column) -> (row, column) of held-out predictions
     n_null:int, rng:np.random.Generator,
+    pool, owners:np.ndarray, # of `_repeats`
 )->np.ndarray: # (draw,)
     "Intraclass correlations of the remainders of null nodes."
     null = _null_nodes(values, left, places, codes, n_null, rng)
-    return intraclass_correlation(_remainder(null, regress(null)), codes).icc.values
+    return intraclass_correlation(pool(_remainder(null, regress(null))), owners).icc.values
 
-# %% ../nbs/31_belong.ipynb #24943c49
+# %% ../nbs/31_belong.ipynb #0c91f56a
 def beyond_labels(
     latents, # latents Dataset or table (spectrum, latent)
     labels=None, # as in `specnb.depend.association`
     *, groups, # coordinate name or (spectrum,) array: stars, held out together
-    n_folds:int=5, level:float=0.9, seed:int=0, # cross-validation; of the interval
-    n_null:int=99, # nodes that are functions of the labels, for p
-)->xr.Dataset: # over latent: r2 (held out), icc of the remainder with interval, unexplained, p, q, beyond
-    "What remains of every node after the labels, whether it repeats within a star, and by more than the regression's own error."
+    nights="night", # coordinate name or (spectrum,) array: exposures that are one look at a star; None, or a name that is not there: every exposure is
+    n_folds:int=5, level:float=0.9, seed:int=0, n_null:int=99, # cross-validation; of the interval; and how many nodes that are functions of the labels, for p
+)->xr.Dataset: # over latent: r2 (held out), icc of the remainder with interval, unexplained, p, q, beyond; `repeats` in the attributes: "nights" or "exposures"
+    "What remains of every node after the labels, whether it repeats from night to night of a star, and by more than the regression's own error."
     table, rng = latent_table(latents), np.random.default_rng((seed, 5))
     codes = group_codes(table, groups)
     rows = np.flatnonzero((codes >= 0) & np.isfinite(table.values).all(1))
     known = np.stack([as_number(v)[0][rows] for v in label_table(table, labels).values()], 1)
     values = np.stack([ndtri((average_ranks(v) + 0.5) / len(v)) for v in table.values[rows].T.astype(float)], 1)
     codes = np.unique(codes[rows], return_inverse=True)[1]
+    pool, owners, repeats = _repeats(codes, _night_codes(table, nights, rows))
     folds, penalties = list(GroupKFold(min(n_folds, codes.max() + 1)).split(known, groups=codes)), np.geomspace(1e-3, 1e5, 9)
     features = _label_features(known, rng)
     regress = lambda v: _held_out(features, v, folds, penalties)
-    left, p = _remainder(values, regress(values)), np.ones(values.shape[1])
-    owner = intraclass_correlation(left, codes, level)
-    for a in range(len(p) if n_null else 0):
-        again = _null_repeatability(values[:, a], left[:, a], features[0][:, 1:1 + known.shape[1]], codes, regress, n_null, rng)
-        p[a] = (1 + (again >= owner.icc.values[a]).sum()) / (1 + n_null)
-    return _beyond(table.latent.values, 1 - left.var(0) / np.maximum(values.var(0), 1e-300), owner, p if n_null else np.nan * p)
+    left, share = _remainder(values, regress(values)), lambda v: v.var(0) / np.maximum(values.var(0), 1e-300)
+    owner = intraclass_correlation(pool(left), owners, level)
+    null = lambda a: _null_repeatability(values[:, a], left[:, a], features[0][:, 1:1 + known.shape[1]], codes, regress, n_null, rng, pool, owners)
+    p = np.array([(1 + (null(a) >= icc).sum()) / (1 + n_null) if n_null else np.nan for a, icc in enumerate(owner.icc.values)])
+    return _beyond(table.latent.values, 1 - share(left), owner, share(pool(left)) * owner.icc.values, p).assign_attrs(repeats=repeats)
 
 # %% ../nbs/31_belong.ipynb #ffb86064
 BEYOND_CUT = 0.05
 
-# %% ../nbs/31_belong.ipynb #c9ecd166
+# %% ../nbs/31_belong.ipynb #338dfb03
 def _beyond(
-    nodes:np.ndarray, r2:np.ndarray, owner:xr.Dataset, p:np.ndarray, # (latent,) names; held out; of `intraclass_correlation`; p-values, NaN without a null
+    nodes:np.ndarray, r2:np.ndarray, owner:xr.Dataset, # (latent,) names; held out; of `intraclass_correlation`
+    unexplained:np.ndarray, p:np.ndarray, # (latent,) share of the variance that repeats; p-values, NaN without a null
 )->xr.Dataset: # see `beyond_labels`
     "Label the result; `n_beyond` in the attributes."
-    unexplained = (1 - r2) * owner.icc.values
     yes = (owner.icc_low.values > 0) & ~(p > 0.05) & (unexplained > BEYOND_CUT)
     out = {"r2": r2, "unexplained": unexplained, "beyond": yes, "p": p, "q": benjamini_hochberg(p)}
     return xr.Dataset({n: ("latent", v) for n, v in out.items()} | {n: ("latent", owner[n].values) for n in ("icc", "icc_low", "icc_high")}, {"latent": nodes}, owner.attrs | dict(n_beyond=int(yes.sum())))
