@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_grid', 'encode_rows', 'Parts', 'encode', 'decoder']
 
-# %% ../nbs/25_encode.ipynb #f7aec82a
+# %% ../nbs/25_encode.ipynb #0b39a7bb
 import hashlib, shutil, zipfile
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from fastcore.basics import patch
 from .bars import progress_bar
-from .learner import Bundle, _atomic_write
+from .bundle import Bundle, atomic_write
 from .loader import SpectrumLoader, SpectrumRows, ready_rows
 from .prep import prepare
 from .ranks import is_first, place, wait_for_all
@@ -78,7 +78,7 @@ class Parts:
         self.folder, self.kept = None if folder is None else Path(folder)/mark, {}
         if self.folder: self.folder.mkdir(parents=True, exist_ok=True)
 
-# %% ../nbs/25_encode.ipynb #e814d0ab
+# %% ../nbs/25_encode.ipynb #50c8d4bd
 @patch
 def _path(self:Parts, block): return self.folder/f"{block[0]}-{block[1]}.npz"
 
@@ -88,7 +88,7 @@ def put(self:Parts, block, mean, sigma, chi2):
     if self.folder is None: self.kept[block] = (mean, sigma, chi2); return
     def write(part):
         with open(part, "wb") as file: np.savez(file, mean=mean, sigma=sigma, chi2=chi2)
-    _atomic_write(self._path(block), write)
+    atomic_write(self._path(block), write)
 
 # %% ../nbs/25_encode.ipynb #19840d40
 @patch
