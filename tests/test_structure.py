@@ -202,7 +202,7 @@ def test_page_lengths():
     lengths = {p.name: len(cells(p)) for p in NUMBERED}
     for name, n in lengths.items():
         if not 25 <= n <= 80: warnings.warn(f"{name} has {n} cells, a page has 25 to 80")
-    assert not {k: n for k, n in lengths.items() if not 10 <= n <= 200}
+    assert not {k: n for k, n in lengths.items() if not 10 <= n <= 120}
 
 
 def test_page_sizes():
