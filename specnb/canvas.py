@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'CYCLE', 'MISSING', 'TABLE', 'DRAWING', 'LINE_TOOLS', 'axis_label', 'node_name', 'empty_view',
-           'StillFigure', 'still_figure', 'empty_figure', 'reduce_line', 'masked_spans', 'trace_panel', 'still_lines',
-           'legend_above', 'stacked_figure']
+           'still_figure', 'empty_figure', 'reduce_line', 'masked_spans', 'trace_panel', 'still_lines', 'legend_above',
+           'stacked_figure']
 
 # %% ../nbs/40_canvas.ipynb #abe991f0
 from io import BytesIO
@@ -67,7 +67,7 @@ def _wrapped(message, width=68):
         lines[-1] = f"{lines[-1]} {word}".strip()
     return lines
 
-# %% ../nbs/40_canvas.ipynb #cb82a0a7
+# %% ../nbs/40_canvas.ipynb #b9f66ff2
 class StillFigure(Figure):
     "A matplotlib figure that shows itself in a notebook, whatever backend is set."
     def _repr_png_(self):
