@@ -159,7 +159,7 @@ def text_outputs(cell):
     for output in cell.get("outputs", []):
         text = "".join(output.get("text", "") or output.get("data", {}).get("text/plain", ""))
         if output["output_type"] == "stream" and output.get("name") == "stderr" or re.search(r"<Figure|it/s|%\||fastprogress|object at|HTML object", text): continue
-        parts.append(TIMED.sub("<time>", text))
+        parts.append(TIMED.sub("<time>", re.sub(r" at 0x[0-9a-f]+", "", text)))      # nbdev_clean takes addresses away as well
     return re.sub(r"\s+", " ", "\n".join(parts)).strip()
 
 
