@@ -19,16 +19,17 @@ def is_watched(
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return hasattr(shell, "kernel")
 
-# %% ../nbs/04_bars.ipynb #c42a2cf7
+# %% ../nbs/04_bars.ipynb #f75145d6
 class LogBar(tqdm):
     "A bar for a log: a line of words every `every` seconds, and one at the end if there was any before."
     def __init__(self, *args,
         every:float=30., # between two lines [s]
         **settings,      # of `tqdm`
     ):
-        words = "{desc}: {percentage:.0f} % ({n_fmt} of {total_fmt} {unit}) in {elapsed}, {rate_fmt}, {remaining} left"
         self.shown = None # the count in the last line
-        super().__init__(*args, **settings | dict(gui=True, mininterval=every, maxinterval=every, bar_format=words)) # gui: the drawing is ours
+        super().__init__(*args, **settings | dict(gui=True, mininterval=every, maxinterval=every)) # gui: the drawing is ours
+        share, rest = ("{percentage:.0f} % ({n_fmt} of {total_fmt} {unit})", ", {remaining} left") if self.total else ("{n_fmt} {unit}", "")
+        self.bar_format = "{desc}: " + share + " in {elapsed}, {rate_fmt}" + rest
 
     def display(self, msg=None, pos=None):
         self.shown = self.n

@@ -6,7 +6,7 @@
 __all__ = ['ReconstructionLoss', 'training_codes', 'align_axes', 'FitAxes', 'KeepProjections', 'spectrum_learner',
            'history_frame', 'run_identity', 'Checkpoint', 'load_checkpoint', 'fit_resumable', 'fit_starts']
 
-# %% ../nbs/24_learner.ipynb #4fdf4b64
+# %% ../nbs/24_learner.ipynb #3e53af33
 import hashlib, json, time
 from dataclasses import replace
 from functools import partial
@@ -16,11 +16,10 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import listify, noop, patch
+from fastcore.basics import listify, patch
 
 from .axes import fit_axes
 from .bundle import BUNDLE_FORMAT, Bundle, atomic_write, load_bundle, save_bundle
@@ -148,7 +147,7 @@ def _own_callbacks(objective, model, seed, cbs):
     if hasattr(model, "project") and not any(hasattr(cb, "settings") for cb in listify(cbs)): own.append(KeepProjections())
     return own
 
-# %% ../nbs/24_learner.ipynb #adf26089
+# %% ../nbs/24_learner.ipynb #cb73a963
 def spectrum_learner(
     dls, # of `spectrum_dataloaders`
     net:str|NetConfig|SpectrumNetwork="demo", # preset, settings, or a network that goes on training
@@ -168,10 +167,7 @@ def spectrum_learner(
     _check_length(model, dls)
     model.fit_frontend(dls.train.new(shuffle=True, device="cpu", rank=0, world_size=1))
     settings = dict(loss_func=ReconstructionLoss(objective.reconstruction), opt_func=_OPTIMISER, lr=lr, wd=wd, moms=(0.9, 0.9, 0.9), path=path)
-    learn = Learner(dls, model, cbs=_own_callbacks(objective, model, seed, cbs) + listify(cbs), **(settings | kwargs))
-    if is_first(): return show_progress(learn)
-    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)]).logger = noop
-    return learn
+    return show_progress(Learner(dls, model, cbs=_own_callbacks(objective, model, seed, cbs) + listify(cbs), **(settings | kwargs)))
 
 # %% ../nbs/24_learner.ipynb #1950b5ed
 def history_frame(

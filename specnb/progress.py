@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['peak_memory', 'duration', 'Throughput', 'LogRows', 'show_progress']
 
-# %% ../nbs/23_progress.ipynb #af1deefb
+# %% ../nbs/23_progress.ipynb #690bb58f
 import sys
 import time
 import warnings
@@ -15,10 +15,10 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 
 from .bars import is_watched
-from .ranks import place
+from .ranks import is_first, place
 
 # %% ../nbs/23_progress.ipynb #4fbfcba6
 def _peak_of_process():
@@ -165,11 +165,14 @@ def after_epoch(self:LogRows):
     self._told = time.monotonic()
     self.write(f"epoch {self.epoch + 1} of {self.n_epoch}: {', '.join(words)}")
 
-# %% ../nbs/23_progress.ipynb #98a5faf2
+# %% ../nbs/23_progress.ipynb #148ccdaa
 def show_progress(
     learn, # a fastai `Learner`
     watched:bool|None=None, # whether somebody watches; `None` asks `is_watched`
 ): # the learner
-    "Give a learner a bar and a table where somebody watches, lines of words where not."
-    if is_watched(sys.stdout) if watched is None else watched: return learn
-    return learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)]).add_cb(LogRows())
+    "Give a learner a bar and a table where somebody watches, lines of words where not, and silence to all processes but the first."
+    if is_first() and (is_watched(sys.stdout) if watched is None else watched): return learn
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
+    if is_first(): return learn.add_cb(LogRows())
+    learn.logger = noop
+    return learn

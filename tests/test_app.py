@@ -286,6 +286,9 @@ PLACE = """const [kind,x,y]=arguments;for(const doc of Bokeh.documents)for(const
 const v=Bokeh.index.find_one(m);if(!v||!v.el||!v.el.isConnected||v.el.getBoundingClientRect().width<50)continue;const box=v.el.getBoundingClientRect(),f=v.frame;
 const px=f.x_scale.compute(x),py=f.y_scale.compute(y);return [box.left+px,box.top+py]};return null"""
 
+# the matrices on the page: ids of the plots whose axes are names
+MATRICES = "const out=[];for(const doc of Bokeh.documents)for(const m of doc._all_models.values())if(m.type=='Figure'&&m.x_range.type=='FactorRange')out.push(m.id);return out"
+
 
 @pytest.fixture(scope="module")
 def served():
@@ -483,8 +486,8 @@ def test_every_statistic_is_drawn(page):
     page.tab("Matrices")
     page.place("FactorRange", "teff", "node 1")
     for name in ("Pearson", "MI [nat]", "MI 0..1", "MI given …", "Spearman"):
-        page.click("button, .bk-btn", name)
-        time.sleep(0.4)
+        before = page.window.execute_script(MATRICES)
+        page.press(name, lambda: page.window.execute_script(MATRICES) not in ([], before), f"a new matrix for {name}", "button, .bk-btn")
         assert page.place("FactorRange", "teff", "node 1")
 
 
